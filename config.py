@@ -1,0 +1,55 @@
+"""Facts that several scripts share: default paths, environment variables, how a script ends.
+
+Paths are relative to the folder a script is started in, as in the MLPerf BERT reference;
+`make` and MLCommons' automation start every script in the project's folder.
+"""
+
+import os
+import sys
+
+BUILD_DIR = "build"
+MODEL_DIR = f"{BUILD_DIR}/data/bert_tf_v1_1_large_fp32_384_v2"  # the reference's name for all BERT-Large files
+CACHE_DIR = f"{BUILD_DIR}/cache"
+DATASET = f"{BUILD_DIR}/data/dev-v1.1.json"
+VOCAB = f"{MODEL_DIR}/vocab.txt"
+LOG_DIR = f"{BUILD_DIR}/logs"
+ACCURACY_LOG = "mlperf_log_accuracy.json"  # LoadGen's name, inside the log folder
+PREDICTIONS = f"{BUILD_DIR}/result/predictions.json"
+BERT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bert_config.json")  # BERT-Large's sizes
+
+
+class UserError(Exception):
+    """What a user gave cannot be used. The message is one line: which file or value, what is wrong, what to do."""
+
+
+def env(name, default):
+    """The environment variable `name`; `default` where it is not set or empty."""
+    return os.environ.get(name) or default
+
+
+def env_count(name):
+    """The environment variable `name` as a positive integer, None where it is not set or empty.
+
+    Raises UserError for anything else.
+    """
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"{name}={text}: give a whole number above 0, or unset it")
+    return int(text)
+
+
+def use_gpu():
+    """Whether the environment allows a GPU: USE_GPU is unset or anything but 0, false, off or no."""
+    return os.environ.get("USE_GPU", "").strip().lower() not in ("0", "false", "off", "no")
+
+
+def script(main):
+    """Run `main()` as a command: a UserError becomes one line on standard error and exit status 1."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as a shell reports it
