@@ -16,7 +16,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass, fields
 
@@ -236,7 +235,7 @@ def _key(dataset, vocab_file):
 
 
 def _read_cache(path, key):
-    """The features in the cache file `path`, or None with the reason: ('…', None) where it is damaged or another's."""
+    """(features, None) from the cache file `path`, or (None, why) where it cannot be used, why None if it is not there."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if str(archive["key"]) != key:
@@ -250,17 +249,15 @@ def _read_cache(path, key):
 
 def _write_npz(path, arrays):
     """Write `arrays` to the .npz file `path`, whole or not at all. Raises OSError."""
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".features-", delete=False) as file:
-        try:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
             np.savez(file, **arrays)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
 
 
 def load_features(dataset, vocab_file, cache=None, max_examples=None):
