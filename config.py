@@ -4,6 +4,7 @@ Paths are relative to the folder a script is started in, as in the MLPerf BERT r
 `make` and MLCommons' automation start every script in the project's folder.
 """
 
+import argparse
 import os
 import sys
 
@@ -27,17 +28,23 @@ def env(name, default):
     return os.environ.get(name) or default
 
 
+def count(text):
+    """`text` as an integer above 0, for argparse. Raises argparse.ArgumentTypeError for anything else."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def env_count(name):
-    """The environment variable `name` as a positive integer, None where it is not set or empty.
+    """The environment variable `name` as an integer above 0, None where it is not set or empty.
 
     Raises UserError for anything else.
     """
     text = os.environ.get(name)
-    if not text:
-        return None
-    if not text.isdecimal() or int(text) == 0:
-        raise UserError(f"{name}={text}: give a whole number above 0, or unset it")
-    return int(text)
+    try:
+        return count(text) if text else None
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}: {error}; correct or unset it") from None
 
 
 def use_gpu():

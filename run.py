@@ -1,0 +1,219 @@
+"""Run BERT on SQuAD v1.1 under MLPerf LoadGen.
+
+    python3 run.py --backend=pytorch --scenario=Offline               performance: LoadGen's figures
+    python3 run.py --backend=pytorch --scenario=Offline --accuracy    accuracy: exact match and F1
+"""
+
+import argparse
+import importlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import config
+from config import UserError
+
+SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
+
+# --backend: (file, its backend class). The packages it needs are in requirements/BACKEND.txt.
+BACKENDS = {
+    "pytorch": ("pytorch_SUT", "PyTorchBackend"),
+}
+NOT_YET = ("tf", "onnxruntime", "tf_estimator", "ray")
+
+# The figure that counts: scenario -> (LoadGen's name in its detail log, what it is, unit, LoadGen's units in one).
+RESULTS = {
+    "Offline": ("result_samples_per_second", "throughput", "samples/s", 1),
+    "Server": ("result_completed_samples_per_sec", "throughput", "samples/s", 1),
+    "SingleStream": ("early_stopping_latency_ss", "90th percentile latency", "ms", 1e6),
+    "MultiStream": ("early_stopping_latency_ms", "99th percentile latency", "ms", 1e6),
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *NOT_YET], help="default: %(default)s")
+    parser.add_argument("--scenario", default="Offline", choices=SCENARIOS, help="default: %(default)s")
+    parser.add_argument("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
+    parser.add_argument("--quantized", action="store_true", help="the int8 model (onnxruntime)")
+    parser.add_argument("--profile", action="store_true", help="write onnxruntime's profile")
+    parser.add_argument("--user_conf", default="user.conf",
+                        help="LoadGen settings of the system (default: %(default)s)")
+    parser.add_argument("--audit_conf", default="audit.conf",
+                        help="LoadGen settings of a compliance run, used where the file exists (default: %(default)s)")
+    parser.add_argument("--max_examples", type=config.count, help="use the first so many samples only (default: all)")
+    parser.add_argument("--network", choices=("sut", "lon"), help="LoadGen over the network")
+    parser.add_argument("--node", default="", help="with --network: this node's name")
+    parser.add_argument("--port", type=config.count, default=8000, help="with --network=sut (default: %(default)s)")
+    parser.add_argument("--sut_server", nargs="*", default=["http://localhost:8000"], help="with --network=lon")
+    return parser.parse_args()
+
+
+def stage(text):
+    """Tell the user, on standard error, what is going on."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def load_backend(args):
+    """The backend object that `args` asks for, its model loaded. Raises UserError where it cannot be had."""
+    if args.backend in NOT_YET:
+        raise UserError(f"--backend={args.backend} is not built yet; use --backend=pytorch")
+    if args.quantized or args.profile:
+        raise UserError("--quantized and --profile are for --backend=onnxruntime, which is not built yet")
+    module, name = BACKENDS[args.backend]
+    try:
+        return getattr(importlib.import_module(module), name)(args)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--backend={args.backend} needs the package {error.name}; "
+                        f"`make venv BACKEND={args.backend}` installs it") from None
+
+
+def loadgen_settings(args):
+    """LoadGen's (TestSettings, LogSettings) for `args`. Raises UserError where a conf file cannot be used."""
+    import mlperf_loadgen as lg
+
+    settings = lg.TestSettings()
+    settings.scenario = getattr(lg.TestScenario, args.scenario)
+    settings.mode = lg.TestMode.AccuracyOnly if args.accuracy else lg.TestMode.PerformanceOnly
+    if not os.path.isfile(args.user_conf):
+        raise UserError(f"{args.user_conf}: no such file; name LoadGen's settings with --user_conf")
+    if settings.FromConfig(args.user_conf, "bert", args.scenario):
+        raise UserError(f"{args.user_conf}: LoadGen cannot read it; "
+                        "each line must be model.scenario.key = number, or a # comment")
+    if args.audit_conf != "audit.conf" and not os.path.isfile(args.audit_conf):
+        raise UserError(f"{args.audit_conf}: no such file; --audit_conf names the settings of a compliance run")
+
+    log_settings = lg.LogSettings()
+    log_settings.log_output.outdir = config.env("LOG_PATH", config.LOG_DIR)
+    log_settings.log_output.copy_summary_to_stdout = True
+    log_settings.enable_trace = False
+    return settings, log_settings
+
+
+def prepare_log_folder(folder):
+    """Make the log folder; move the logs of an earlier run aside, so that they are never taken for this one's."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        old = [name for name in os.listdir(folder) if name.startswith("mlperf_log_")]
+        if old:
+            when = max(os.path.getmtime(os.path.join(folder, name)) for name in old)
+            aside = f"{os.path.abspath(folder)}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(when))}"
+            os.makedirs(aside, exist_ok=True)
+            for name in old:
+                os.replace(os.path.join(folder, name), os.path.join(aside, name))
+            stage(f"moved the earlier run's logs to {os.path.relpath(aside)}")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write logs there ({error.strerror}); name another folder with LOG_PATH") \
+            from None
+
+
+def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
+    """Let LoadGen run its test, and return when it is complete.
+
+    LoadGen runs in a thread of its own, since it would hold the main thread deaf to signals. `outcome` is the queue on
+    which the SUT puts the exception that ends a run. LoadGen cannot be stopped, so a failed run ends the process.
+    """
+    import mlperf_loadgen as lg
+
+    def test():
+        try:
+            handles = lg.ConstructSUT(sut.issue_queries, sut.flush_queries), \
+                lg.ConstructQSL(len(qsl), len(qsl), lambda indices: None, lambda indices: None)
+            lg.StartTestWithLogSettings(*handles, settings, log_settings, audit_conf)
+            sut.stop()
+            lg.DestroyQSL(handles[1])
+            lg.DestroySUT(handles[0])
+            outcome.put(None)
+        except BaseException as error:
+            outcome.put(error)
+
+    def terminate(*_):
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
+    sys.stdout.flush()
+    try:
+        threading.Thread(target=test, daemon=True).start()
+        error = outcome.get()
+        if error is None:
+            return
+        if not isinstance(error, UserError):
+            traceback.print_exception(error, file=sys.stderr)
+            error = f"the run failed: {type(error).__name__}: {error}"
+        print(f"run.py: error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("run.py: interrupted; the logs of this run are incomplete", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except SystemExit as exit:
+        print("run.py: terminated; the logs of this run are incomplete", file=sys.stderr)
+        status = exit.code
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def read_detail_log(folder):
+    """LoadGen's detail log in `folder` as {key: value}, the last value of a key counts."""
+    path = os.path.join(folder, "mlperf_log_detail.txt")
+    values = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(":::MLLOG "):
+                entry = json.loads(line.removeprefix(":::MLLOG "))
+                values[entry["key"]] = entry["value"]
+    return values
+
+
+def verdict(scenario, log):
+    """The last line of a performance run: LoadGen's verdict and the one figure that counts for the scenario."""
+    key, what, unit, scale = RESULTS[scenario]
+    return f"{log['result_validity']}: {scenario} {what} {log[key] / scale:.6g} {unit}"
+
+
+def main():
+    args = parse_args()
+    if args.network:
+        raise UserError(f"--network={args.network} is not built yet; run without it")
+    from create_squad_data import load_features, read_vocab
+    from squad_QSL import SquadQSL
+
+    settings, log_settings = loadgen_settings(args)
+    log_folder = log_settings.log_output.outdir
+    prepare_log_folder(log_folder)
+
+    stage("reading features")
+    dataset, vocab_file = config.env("DATASET_FILE", config.DATASET), config.env("VOCAB_FILE", config.VOCAB)
+    squad, features = load_features(dataset, vocab_file, max_examples=args.max_examples)
+    qsl = SquadQSL(features)
+    stage(f"{len(qsl)} samples of {dataset}; loading the model")
+    backend = load_backend(args)
+    stage(f"{backend.name}; warming up")
+    backend.predict(qsl.longest_batch(2))
+
+    from squad_SUT import Batching, SquadSUT
+
+    outcome = queue.SimpleQueue()
+    batching = Batching(max_tokens=4096, sort=args.scenario == "Offline")
+    sut = SquadSUT(backend, qsl, batching, outcome.put)
+    stage(f"running {args.scenario}, {'accuracy' if args.accuracy else 'performance'} mode")
+    run_test(sut, qsl, settings, log_settings, args.audit_conf, outcome)
+
+    if not args.accuracy:
+        print(verdict(args.scenario, read_detail_log(log_folder)))
+    elif not os.environ.get("SKIP_VERIFY_ACCURACY"):
+        from squad_eval import read_log, save_answers, score_log
+
+        stage("scoring")
+        logits = read_log(os.path.join(log_folder, config.ACCURACY_LOG), len(features))
+        figures, answers = score_log(squad, features, read_vocab(vocab_file), logits)
+        save_answers(config.PREDICTIONS, answers)
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    config.script(main)

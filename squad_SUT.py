@@ -1,0 +1,106 @@
+"""The system under test: the life of a query, once, for every scenario and every backend.
+
+LoadGen's threads only put samples on a queue. Worker threads take what waits there, form a batch, hand it to the
+backend and give its logits back to LoadGen.
+
+A backend is an object with `name`, `workers` and `predict(batch)`, where `batch` is a `squad_QSL.Batch`; it returns the
+float32 start and end logits of every token, sample after sample without padding, as an array (tokens, 2).
+"""
+
+import queue
+import threading
+from collections import deque
+
+import mlperf_loadgen as lg
+import numpy as np
+
+
+class SquadSUT:
+    """Answers LoadGen's queries on a `SquadQSL` with a backend.
+
+    `fail` is called, once or more, with whatever exception ends the run: nothing may leave a callback of LoadGen, which
+    would abort the process, and a query that is never answered would keep it waiting for ever.
+    """
+
+    def __init__(self, backend, qsl, batching, fail):
+        """`batching` is a `Batching`; starts the backend's `workers` threads."""
+        self.backend, self.qsl, self.batching, self.fail = backend, qsl, batching, fail
+        self.arrived = queue.SimpleQueue()  # lists of LoadGen's QuerySamples; None ends a worker
+        self.forming = threading.Lock()  # held while a worker waits for samples and forms its batch
+        self.waiting = deque()  # (sample index, query id), in the order in which they will run
+        self.workers = [threading.Thread(target=self.work, daemon=True) for _ in range(backend.workers)]
+        for worker in self.workers:
+            worker.start()
+
+    def issue_queries(self, samples):
+        """LoadGen's callback: new samples, [QuerySample]. Returns at once."""
+        self.arrived.put(samples)
+
+    def flush_queries(self):
+        """LoadGen's callback: no more samples follow in this series. Nothing is held back, so nothing is to do."""
+
+    def stop(self):
+        """End the workers; to be called when LoadGen has no query open."""
+        self.arrived.put(None)
+        for worker in self.workers:
+            worker.join()
+
+    def work(self):
+        """A worker thread: batches, until `stop`."""
+        try:
+            while samples := self.next_samples():
+                indices, ids = zip(*samples)
+                batch = self.qsl.batch(np.array(indices))
+                logits = self.backend.predict(batch)
+                respond(ids, batch.lengths, logits)
+        except BaseException as error:  # whatever it is, the run cannot go on without this worker
+            self.fail(error)
+
+    def next_samples(self):
+        """Wait for samples and take the next batch of them: [(sample index, query id)], empty at the end."""
+        with self.forming:
+            while not self.waiting or not self.arrived.empty():
+                samples = self.arrived.get()
+                if samples is None:
+                    self.arrived.put(None)  # for the next worker
+                    return []
+                self.waiting.extend((sample.index, sample.id) for sample in samples)
+                if self.batching.sort:
+                    self.waiting = deque(sorted(self.waiting, key=lambda sample: -self.qsl.lengths[sample[0]]))
+            return self.batching.take(self.waiting, self.qsl.lengths)
+
+
+class Batching:
+    """How waiting samples become batches."""
+
+    def __init__(self, max_tokens, sort):
+        """At most `max_tokens` tokens a batch (but one sample at least); `sort`: longest first, not in turn."""
+        self.max_tokens, self.sort = max_tokens, sort
+
+    def take(self, waiting, lengths):
+        """Remove the next batch from the deque `waiting` of (sample index, query id) and return it as a list.
+
+        `lengths` are the tokens of each sample of the library.
+        """
+        samples = [waiting.popleft()]
+        tokens = lengths[samples[0][0]]
+        while waiting and tokens + lengths[waiting[0][0]] <= self.max_tokens:
+            tokens += lengths[waiting[0][0]]
+            samples.append(waiting.popleft())
+        return samples
+
+
+def respond(ids, lengths, logits):
+    """Complete the queries `ids`: sample i's response is the next `lengths[i]` rows of `logits`.
+
+    `logits` is float32 (sum of lengths, 2). LoadGen copies what it keeps before this returns. Raises RuntimeError where
+    the backend gave anything else.
+    """
+    if logits.dtype != np.float32 or logits.shape != (lengths.sum(), 2):
+        raise RuntimeError(f"the backend gave logits {logits.dtype} {logits.shape} for {lengths.sum()} tokens; "
+                           "float32 (tokens, 2) is its duty")
+    logits = np.ascontiguousarray(logits)
+    sizes = lengths.astype(np.int64) * logits.strides[0]
+    starts = logits.ctypes.data + np.cumsum(sizes) - sizes
+    lg.QuerySamplesComplete([lg.QuerySampleResponse(*response)
+                             for response in zip(ids, starts.tolist(), sizes.tolist())])
