@@ -26,12 +26,15 @@ BACKENDS = {
 }
 NOT_YET = ("tf", "onnxruntime", "tf_estimator", "ray")
 
-# The figure that counts: scenario -> (LoadGen's name in its detail log, what it is, unit, LoadGen's units in one).
+# The figure that counts: scenario -> (what it is, unit, how many of LoadGen's units make one, LoadGen's names for it in
+# its detail log). MLPerf counts a latency's early-stopping estimate; a run too short to have one gives the percentile.
 RESULTS = {
-    "Offline": ("result_samples_per_second", "throughput", "samples/s", 1),
-    "Server": ("result_completed_samples_per_sec", "throughput", "samples/s", 1),
-    "SingleStream": ("early_stopping_latency_ss", "90th percentile latency", "ms", 1e6),
-    "MultiStream": ("early_stopping_latency_ms", "99th percentile latency", "ms", 1e6),
+    "Offline": ("throughput", "samples/s", 1, ("result_samples_per_second",)),
+    "Server": ("throughput", "samples/s", 1, ("result_completed_samples_per_sec",)),
+    "SingleStream": ("90th percentile latency", "ms", 1e6,
+                     ("early_stopping_latency_ss", "result_90.00_percentile_latency_ns")),
+    "MultiStream": ("99th percentile latency", "ms", 1e6,
+                    ("early_stopping_latency_ms", "result_99.00_percentile_per_query_latency_ns")),
 }
 
 
@@ -171,8 +174,9 @@ def read_detail_log(folder):
 
 def verdict(scenario, log):
     """The last line of a performance run: LoadGen's verdict and the one figure that counts for the scenario."""
-    key, what, unit, scale = RESULTS[scenario]
-    return f"{log['result_validity']}: {scenario} {what} {log[key] / scale:.6g} {unit}"
+    what, unit, scale, keys = RESULTS[scenario]
+    figure = next(log[key] for key in keys if log[key])
+    return f"{log['result_validity']}: {scenario} {what} {figure / scale:.6g} {unit}"
 
 
 def main():
