@@ -10,9 +10,9 @@ from conftest import ROOT, fails
 import config
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-from pytorch_SUT import read_weights, weight_shapes  # noqa: E402
+from pytorch_SUT import read_weights, weight_shapes
 
 
 @pytest.fixture

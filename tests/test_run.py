@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_an_unreadable_user_conf_is_named(run, tmp_path):
 
 
 def test_a_vocabulary_larger_than_the_models_is_named(run, tmp_path):
-    vocab = open(DEMO_ENV["VOCAB_FILE"], encoding="utf-8").read()
+    vocab = Path(DEMO_ENV["VOCAB_FILE"]).read_text(encoding="utf-8")
     # the special tokens stay, all others move up beyond the model's last
     start = vocab.index("[MASK]\n") + len("[MASK]\n")
     filler = "".join(f"unused{number}\n" for number in range(vocab.count("\n")))
