@@ -106,7 +106,7 @@ def _read_state(path):
         if path.endswith(".safetensors"):
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # noqa: BLE001; both raise whatever the bytes led them to; weights_only refuses a pickle's code
+    except Exception as error:  # noqa: BLE001 - both raise whatever the bytes led them to; weights_only refuses a pickle's code
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: damaged, or no model file that loads safely ({reason}); "
                         "fetch it anew or save it with torch.save(model.state_dict(), …)") from None

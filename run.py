@@ -132,7 +132,7 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
             lg.DestroyQSL(handles[1])
             lg.DestroySUT(handles[0])
             outcome.put(None)
-        except BaseException as error:  # noqa: BLE001; the main thread waits for it
+        except BaseException as error:  # noqa: BLE001 - the main thread waits for it
             outcome.put(error)
 
     def terminate(*_):

@@ -57,7 +57,7 @@ class SquadSUT:
                 batch = self.qsl.batch(np.array(indices))
                 logits = self.backend.predict(batch)
                 respond(ids, batch.lengths, logits)
-        except BaseException as error:  # noqa: BLE001; whatever it is, the run cannot go on without this worker
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the run cannot go on without this worker
             self.fail(error)
 
     def next_samples(self):
