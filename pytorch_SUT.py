@@ -10,7 +10,7 @@ import zipfile
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 import config
 from config import UserError
@@ -104,14 +104,12 @@ def _read_state(path):
     """The tensors of a safetensors file or a `torch.save` file, {name: tensor}, mapped into memory where possible."""
     try:
         if path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged or not a model file ({str(error).splitlines()[0]}); fetch it anew") from None
-    except Exception as error:  # torch.load raises whatever unpickling meets; weights_only refuses code
-        raise UserError(f"{path}: not a state dict that loads safely ({type(error).__name__}); "
-                        "save it anew with torch.save(model.state_dict(), …)") from None
+    except Exception as error:  # noqa: BLE001 - both raise whatever the bytes led them to; weights_only refuses a pickle's code
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: damaged, or no model file that loads safely ({reason}); "
+                        "fetch it anew or save it with torch.save(model.state_dict(), …)") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: holds no state dict; save it with torch.save(model.state_dict(), …)")
     return state

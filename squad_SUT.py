@@ -3,8 +3,12 @@
 LoadGen's threads only put samples on a queue. Worker threads take what waits there, form a batch, hand it to the
 backend and give its logits back to LoadGen.
 
-A backend is an object with `name`, `workers` and `predict(batch)`, where `batch` is a `squad_QSL.Batch`; it returns the
-float32 start and end logits of every token, sample after sample without padding, as an array (tokens, 2).
+A backend is an object with
+    name                what runs, for people: framework, version, device, dtype
+    vocab_size          how many tokens the model knows
+    workers             how many threads may call predict at once
+    predict(batch)      takes a `squad_QSL.Batch` and returns the start and end logits of every token, sample after
+                        sample without padding, as float32 (tokens, 2)
 """
 
 import queue
@@ -53,7 +57,7 @@ class SquadSUT:
                 batch = self.qsl.batch(np.array(indices))
                 logits = self.backend.predict(batch)
                 respond(ids, batch.lengths, logits)
-        except BaseException as error:  # whatever it is, the run cannot go on without this worker
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the run cannot go on without this worker
             self.fail(error)
 
     def next_samples(self):

@@ -56,7 +56,7 @@ def test_the_validation_set_gives_the_published_features(shared, script, tmp_pat
 
 def test_a_window_is_cls_question_sep_passage_sep(files):
     _, features = load_features(*files(document()))
-    assert tokens(features) == "[CLS] who sang ? [SEP] a song by jose ( 1 ) . [SEP]".split()
+    assert tokens(features) == ["[CLS]", "who", "sang", "?", "[SEP]", "a", "song", "by", "jose", "(", "1", ")", ".", "[SEP]"]
     assert features.input_mask[0].sum() == features.lengths[0] == 14
     assert features.segment_ids[0].tolist() == [0] * 5 + [1] * 9 + [0] * 370
     # tokens of the passage point to its words, "(1)." being one

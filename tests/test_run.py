@@ -1,0 +1,247 @@
+"""run.py from the command line, on the demo's model and data, with the real LoadGen: scenarios, modes, flags, faults."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DEMO_ENV, ROOT, fails
+
+from create_squad_data import load_features
+
+BACKENDS = ["pytorch"]
+SCENARIOS = ["Offline", "SingleStream", "MultiStream", "Server"]
+CONF = """
+*.*.min_duration = 300
+*.*.max_duration = 20000
+*.*.min_query_count = 20
+*.Offline.target_qps = 100
+*.Server.target_qps = 40
+*.Server.target_latency = 500
+*.SingleStream.target_latency = 5
+*.MultiStream.target_latency = 20
+"""
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    """run.py with a user.conf of short runs: run("--backend=…", …, NAME=value)."""
+    (tmp_path / "user.conf").write_text(CONF)
+    return lambda *args, **variables: script("run.py", *args, **variables)
+
+
+def responses(folder):
+    """The responses in an accuracy log: {sample: float32 (tokens, 2)}."""
+    with open(folder / "mlperf_log_accuracy.json", encoding="ascii") as file:
+        return {entry["qsl_idx"]: np.frombuffer(bytes.fromhex(entry["data"]), np.float32).reshape(-1, 2)
+                for entry in json.load(file)}
+
+
+@pytest.fixture(scope="session")
+def demo_features(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache") / "features.npz"
+    return load_features(DEMO_ENV["DATASET_FILE"], DEMO_ENV["VOCAB_FILE"], str(cache))[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_accuracy_run_gives_every_scenario_the_same_score(run, tmp_path, backend, demo_features):
+    """And a response is one float32 (start, end) pair a real token."""
+    figures = set()
+    for scenario in SCENARIOS:
+        result = run(f"--backend={backend}", f"--scenario={scenario}", "--accuracy", LOG_PATH=scenario)
+        assert result.returncode == 0, result.stderr
+        figures.add(result.stdout.splitlines()[-1])
+        logged = responses(tmp_path / scenario)
+        assert {row: len(response) for row, response in logged.items()} == dict(enumerate(demo_features.lengths))
+    assert len(figures) == 1
+    assert json.loads(figures.pop())["f1"] >= 90
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scenario, figure", [
+    ("Offline", "throughput {} samples/s"), ("Server", "throughput {} samples/s"),
+    ("SingleStream", "90th percentile latency {} ms"), ("MultiStream", "99th percentile latency {} ms")])
+def test_a_performance_run_ends_with_the_verdict_and_the_figure(run, tmp_path, backend, scenario, figure):
+    result = run(f"--backend={backend}", f"--scenario={scenario}", LOG_PATH="logs")
+    assert result.returncode == 0, result.stderr
+    assert f"Scenario : {scenario}" in result.stdout  # LoadGen's own summary
+    last = result.stdout.splitlines()[-1]
+    match = re.fullmatch(f"(VALID|INVALID): {scenario} " + figure.format("([0-9.e+]+)"), last)
+    assert match, last
+    assert f"Result is : {match[1]}" in (tmp_path / "logs/mlperf_log_summary.txt").read_text()
+    assert float(match[2]) > 0
+
+
+def test_the_verdict_is_loadgens(run, tmp_path):
+    (tmp_path / "valid.conf").write_text(CONF.replace("min_duration = 300", "min_duration = 1"))
+    assert run("--backend=pytorch", "--user_conf=valid.conf").stdout.splitlines()[-1].startswith("VALID: Offline")
+    (tmp_path / "invalid.conf").write_text(CONF.replace("min_duration = 300", "min_duration = 10000"))
+    assert run("--backend=pytorch", "--user_conf=invalid.conf").stdout.splitlines()[-1].startswith("INVALID: Offline")
+
+
+def test_accuracy_squad_finds_the_score_of_the_run(run, script):
+    scored = run("--backend=pytorch", "--accuracy")
+    unscored = run("--backend=pytorch", "--accuracy", SKIP_VERIFY_ACCURACY="1")
+    assert "exact_match" in scored.stdout and "exact_match" not in unscored.stdout
+    again = script("accuracy-squad.py")
+    assert again.stdout.splitlines()[-1] == scored.stdout.splitlines()[-1]
+
+
+def test_max_examples_runs_and_scores_the_first_features(run, tmp_path, demo_features):
+    result = run("--backend=pytorch", "--accuracy", "--max_examples=16")
+    assert result.returncode == 0, result.stderr
+    assert sorted(responses(tmp_path / "build/logs")) == list(range(16))
+    assert f"scored {len(set(demo_features.question[:16]))} of" in result.stderr
+    result = run("--backend=pytorch", "--max_examples=16")
+    assert "performance_sample_count : 16" in result.stdout
+
+
+def test_the_logits_are_those_of_the_plain_model(run, tmp_path, demo_features):
+    """Hugging Face's BertForQuestionAnswering, one sample at a time, padded to 384."""
+    torch = pytest.importorskip("torch")
+    from transformers import BertForQuestionAnswering
+
+    run("--backend=pytorch", "--accuracy", LOG_PATH="logs")
+    model = BertForQuestionAnswering.from_pretrained(ROOT / "demo/model").eval()
+    logged = responses(tmp_path / "logs")
+    for row in range(0, len(demo_features), 37):
+        inputs = [torch.from_numpy(array[row:row + 1]).long() for array in
+                  (demo_features.input_ids, demo_features.input_mask, demo_features.segment_ids)]
+        with torch.inference_mode():
+            plain = model(input_ids=inputs[0], attention_mask=inputs[1], token_type_ids=inputs[2])
+        expected = torch.stack((plain.start_logits[0], plain.end_logits[0]), -1)[:demo_features.lengths[row]]
+        assert np.abs(logged[row] - expected.numpy()).max() < 1e-4
+
+
+def test_an_earlier_runs_logs_are_moved_aside(run, tmp_path):
+    run("--backend=pytorch", LOG_PATH="logs")
+    first = (tmp_path / "logs/mlperf_log_detail.txt").read_text()
+    fails(run("--backend=pytorch", LOG_PATH="logs", ML_MODEL_FILE_WITH_PATH="nowhere"), "nowhere")
+    assert not (tmp_path / "logs/mlperf_log_detail.txt").exists()
+    aside, = tmp_path.glob("logs-*")
+    assert (aside / "mlperf_log_detail.txt").read_text() == first
+
+
+@pytest.mark.parametrize("args, variables, words", [
+    ((), {"ML_MODEL_FILE_WITH_PATH": "nowhere.pytorch"}, ["nowhere.pytorch", "make setup"]),
+    ((), {"DATASET_FILE": "nowhere.json"}, ["nowhere.json", "DATASET_FILE"]),
+    ((), {"VOCAB_FILE": "nowhere.txt"}, ["nowhere.txt", "VOCAB_FILE"]),
+    ((), {"LOG_PATH": "/dev/null/logs"}, ["/dev/null/logs", "LOG_PATH"]),
+    ((), {"MLC_MAX_NUM_THREADS": "many"}, ["MLC_MAX_NUM_THREADS", "many"]),
+    (("--user_conf=nowhere.conf",), {}, ["nowhere.conf", "--user_conf"]),
+    (("--audit_conf=nowhere.conf",), {}, ["nowhere.conf", "--audit_conf"]),
+    (("--max_examples=0",), {}, ["--max_examples", "'0'"]),
+    (("--scenario=Sever",), {}, ["--scenario", "Sever"]),
+    (("--network=lon",), {}, ["--network=lon"]),
+])
+def test_what_cannot_be_used_is_named(run, args, variables, words):
+    fails(run("--backend=pytorch", *args, **variables), *words)
+
+
+def test_an_unreadable_user_conf_is_named(run, tmp_path):
+    (tmp_path / "bad.conf").write_text("*.Offline.target_qps = many\n")
+    fails(run("--backend=pytorch", "--user_conf=bad.conf"), "bad.conf")
+
+
+def test_a_vocabulary_larger_than_the_models_is_named(run, tmp_path):
+    vocab = Path(DEMO_ENV["VOCAB_FILE"]).read_text(encoding="utf-8")
+    # the special tokens stay, all others move up beyond the model's last
+    start = vocab.index("[MASK]\n") + len("[MASK]\n")
+    filler = "".join(f"unused{number}\n" for number in range(vocab.count("\n")))
+    (tmp_path / "vocab.txt").write_text(vocab[:start] + filler + vocab[start:])
+    fails(run("--backend=pytorch", VOCAB_FILE="vocab.txt"), "vocab.txt", "VOCAB_FILE")
+
+
+def test_variables_choose_folder_threads_and_device(run, tmp_path):
+    result = run("--backend=pytorch", "--max_examples=4", "--accuracy", LOG_PATH="here/there", MLC_MAX_NUM_THREADS="1",
+                 USE_GPU="off")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "here/there/mlperf_log_summary.txt").exists()
+    assert ", cpu, " in result.stderr
+
+
+# A backend whose predict does as the test says, in place of one of run.py's.
+FAULTY = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+import config, run
+
+class Faulty:
+    name, workers, vocab_size = "faulty", 2, 10**6
+    calls = 0
+
+    def __init__(self, args):
+        pass
+
+    def predict(self, batch):
+        self.calls += 1
+        if self.calls > 2:  # after the warming up
+            BODY
+        return np.zeros((batch.lengths.sum(), 2), np.float32)
+
+run.BACKENDS["pytorch"] = ("__main__", "Faulty")
+config.script(run.main)
+"""
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("body, words", [
+    ("raise ValueError('no such layer')", ["ValueError", "no such layer"]),
+    ("raise config.UserError('disk gone')", ["disk gone"]),
+    ("raise SystemExit(0)", ["SystemExit"]),
+    ("return np.zeros((3, 2), np.float32)", ["(3, 2)"]),
+    ("return np.zeros((batch.lengths.sum(), 2))", ["float64"]),
+    ("return None", ["NoneType"]),
+])
+def test_a_fault_in_a_worker_ends_the_run_with_its_message(script, tmp_path, scenario, body, words):
+    (tmp_path / "user.conf").write_text(CONF)
+    (tmp_path / "faulty.py").write_text(FAULTY.replace("BODY", body))
+    started = time.monotonic()
+    result = script(tmp_path / "faulty.py", "--backend=pytorch", f"--scenario={scenario}")
+    assert result.returncode == 1
+    assert time.monotonic() - started < 10
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("run.py: error: ") and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_signal_ends_a_run_within_a_second(tmp_path, scenario, sent, status):
+    (tmp_path / "user.conf").write_text(CONF.replace("min_duration = 300", "min_duration = 60000"))
+    (tmp_path / "slow.py").write_text(FAULTY.replace("BODY", "time.sleep(0.2)"))
+    process = subprocess.Popen([sys.executable, tmp_path / "slow.py", "--backend=pytorch", f"--scenario={scenario}"],
+                               cwd=tmp_path, env={**os.environ, **DEMO_ENV}, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, text=True)
+    while "running" not in process.stderr.readline():
+        pass
+    time.sleep(0.5)
+    process.send_signal(sent)
+    started = time.monotonic()
+    message = process.communicate(timeout=30)[1]
+    assert time.monotonic() - started < 1
+    assert process.returncode == status
+    assert "incomplete" in message and "Traceback" not in message
+
+
+def test_every_sample_is_answered_by_its_own_logits(script, tmp_path, demo_features):
+    """Four workers that finish out of order: the log pairs each sample with the response made from it."""
+    (tmp_path / "user.conf").write_text(CONF)
+    body = """pass
+        time.sleep(np.random.default_rng().uniform(0, 0.01))
+        return np.repeat(batch.packed(batch.input_ids)[:, None], 2, 1).astype(np.float32)"""
+    (tmp_path / "echo.py").write_text(FAULTY.replace("BODY", body).replace('"faulty", 2', '"faulty", 4'))
+    for scenario in SCENARIOS:
+        result = script(tmp_path / "echo.py", "--backend=pytorch", f"--scenario={scenario}", "--accuracy",
+                        LOG_PATH=scenario)
+        assert result.returncode == 0, result.stderr
+        logged = responses(tmp_path / scenario)
+        assert len(logged) == len(demo_features)
+        for row, response in logged.items():
+            assert (response[:, 0] == demo_features.input_ids[row, :demo_features.lengths[row]]).all()
