@@ -22,9 +22,15 @@ SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
 
 # --backend: (file, its backend class). The packages it needs are in requirements/BACKEND.txt.
 BACKENDS = {
+    "tf": ("tf_SUT", "TensorFlowBackend"),
     "pytorch": ("pytorch_SUT", "PyTorchBackend"),
+    "onnxruntime": ("onnxruntime_SUT", "OnnxRuntimeBackend"),
 }
-NOT_YET = ("tf", "onnxruntime", "tf_estimator", "ray")
+# What the reference has besides: --backend: why it is refused, and what to do.
+REFUSED = {
+    "tf_estimator": "TensorFlow has removed Estimator; use --backend=tf",
+    "ray": "not built yet; use --backend=pytorch",
+}
 
 # The figure that counts: scenario -> (what it is, unit, how many of LoadGen's units make one, LoadGen's names for it in
 # its detail log). MLPerf counts a latency's early-stopping estimate; a run too short to have one gives the percentile.
@@ -40,7 +46,7 @@ RESULTS = {
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *NOT_YET], help="default: %(default)s")
+    parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *REFUSED], help="default: %(default)s")
     parser.add_argument("--scenario", default="Offline", choices=SCENARIOS, help="default: %(default)s")
     parser.add_argument("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
     parser.add_argument("--quantized", action="store_true", help="the int8 model (onnxruntime)")
@@ -64,10 +70,11 @@ def stage(text):
 
 def load_backend(args):
     """The backend object that `args` asks for, its model loaded. Raises UserError where it cannot be had."""
-    if args.backend in NOT_YET:
-        raise UserError(f"--backend={args.backend} is not built yet; use --backend=pytorch")
-    if args.quantized or args.profile:
-        raise UserError("--quantized and --profile are for --backend=onnxruntime, which is not built yet")
+    if args.backend in REFUSED:
+        raise UserError(f"--backend={args.backend}: {REFUSED[args.backend]}")
+    for flag in ("quantized", "profile"):
+        if getattr(args, flag) and args.backend != "onnxruntime":
+            raise UserError(f"--{flag} is for --backend=onnxruntime, not {args.backend}; leave it out")
     module, name = BACKENDS[args.backend]
     try:
         return getattr(importlib.import_module(module), name)(args)

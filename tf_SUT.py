@@ -1,8 +1,9 @@
 """The TensorFlow backend: runs a frozen graph of BERT for question answering."""
 
 import os
+import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the import: no notices of the processor's features
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices of processor and missing GPU
 
 import numpy as np
 import tensorflow as tf
@@ -59,10 +60,11 @@ class TensorFlowBackend:
     """BERT in TensorFlow, on a GPU where there is one that USE_GPU allows, else on the CPU."""
 
     workers = 1
+    vocab_size = sys.maxsize  # the file does not say; an unknown token fails in `predict`
 
     def __init__(self, args):
         """`args` are run.py's. Raises UserError where the model cannot be used."""
-        path = config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pb")
+        self.path = path = config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pb")
         threads = config.env_count("MLC_MAX_NUM_THREADS")
         settings = tf.compat.v1.ConfigProto(
             intra_op_parallelism_threads=config.env_count("TF_INTRA_OP_PARALLELISM_THREADS") or threads or 0,
@@ -77,11 +79,15 @@ class TensorFlowBackend:
         self.name = f"TensorFlow {tf.__version__}, {'cuda' if gpu else 'cpu'}, fp32"
 
     def predict(self, batch):
-        """The logits of a `squad_QSL.Batch`, float32 (tokens, 2)."""
+        """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where the graph cannot take it."""
         parts = batch.alone() if self.alone else [batch]
         return np.concatenate([part.packed(self.logits(part)) for part in parts])
 
     def logits(self, batch):
         """The logits of a `squad_QSL.Batch` as one call of the graph gives them, float32 (B, L, 2)."""
         longest = batch.input_ids.shape[1]
-        return self.call(*batch.padded_to(self.length or longest))[:, :longest]
+        try:
+            return self.call(*batch.padded_to(self.length or longest))[:, :longest]
+        except tf.errors.OpError as error:
+            raise UserError(f"{self.path}: TensorFlow cannot run the graph ({str(error).splitlines()[0]}); "
+                            "the model must fit the vocabulary of VOCAB_FILE") from None

@@ -39,13 +39,21 @@ def variables(sizes):
     return table
 
 
+def tensorflow():
+    """The module, without its notices of processor and missing GPU; imported late, for it takes seconds."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow
+
+    return tensorflow
+
+
 def read_checkpoint(prefix, sizes):
     """Read a checkpoint: (weights, skipped), weights as {Hugging Face's name: float32 array}, skipped a list of names.
 
     `prefix` is the path without .index. Raises UserError where a file is missing or damaged, or where a variable is
     missing, of another shape, not finite, or neither BERT's nor one of those known to be of no use.
     """
-    import tensorflow as tf
+    tf = tensorflow()
 
     if not os.path.isfile(f"{prefix}.index"):
         raise UserError(f"{prefix}.index: no such file; name the checkpoint by its path without .index, "
@@ -83,7 +91,7 @@ def read_checkpoint(prefix, sizes):
 
 def write_checkpoint(prefix, sizes, weights):
     """Write `weights`, {Hugging Face's name: float32 array}, as the checkpoint `prefix`. Raises UserError."""
-    import tensorflow as tf
+    tf = tensorflow()
 
     names, tensors = [], []
     for google, (name, _) in variables(sizes).items():

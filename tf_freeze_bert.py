@@ -15,12 +15,12 @@ import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from pytorch_SUT import read_config
-from tf_checkpoint import DEFAULT, read_checkpoint
+from tf_checkpoint import DEFAULT, read_checkpoint, tensorflow
 
 
 def build_graph(sizes, weights, shape=(None, None)):
     """BERT as a GraphDef. `weights` are {Hugging Face's name: float32 array}, `shape` is the inputs' (batch, length)."""
-    import tensorflow as tf
+    tf = tensorflow()
 
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     epsilon = sizes.get("layer_norm_eps", 1e-12)
