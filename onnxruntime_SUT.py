@@ -122,4 +122,5 @@ class OnnxRuntimeBackend:
 
     def end_profile(self):
         """Write the profile and say where."""
+        atexit.unregister(self.end_profile)
         print(f"profile: {self.session.end_profiling()}", file=sys.stderr)

@@ -53,15 +53,13 @@ def read_checkpoint(prefix, sizes):
     `prefix` is the path without .index. Raises UserError where a file is missing or damaged, or where a variable is
     missing, of another shape, not finite, or neither BERT's nor one of those known to be of no use.
     """
-    tf = tensorflow()
-
     if not os.path.isfile(f"{prefix}.index"):
         raise UserError(f"{prefix}.index: no such file; name the checkpoint by its path without .index, "
                         "`make setup` fetches BERT-Large's")
     try:
-        reader = tf.train.load_checkpoint(prefix)
+        reader = tensorflow().train.load_checkpoint(prefix)
         found = reader.get_variable_to_shape_map()
-    except (tf.errors.OpError, RuntimeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - TensorFlow has an exception for each kind of damage
         raise UserError(f"{prefix}: damaged or not a TensorFlow checkpoint ({_first_line(error)}); "
                         "fetch it anew") from None
 
@@ -81,7 +79,7 @@ def read_checkpoint(prefix, sizes):
     for google, (name, _) in wanted.items():
         try:
             value = reader.get_tensor(google).astype(np.float32)
-        except (tf.errors.OpError, RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - as above
             raise UserError(f"{prefix}: cannot read {google} ({_first_line(error)}); fetch the file anew") from None
         if not np.isfinite(value).all():
             raise UserError(f"{prefix}: {google} holds NaN or infinity; fetch the file anew")
