@@ -5,7 +5,8 @@
 
 Every product with a weight matrix inside the encoder runs in int8; embeddings, norms, softmax, the products within
 attention and the answer layer stay in fp32. A weight has a scale for each of its columns. An input has one scale for
-all tokens, from the largest values that the calibration's features bring it to. --calibration is one of MLPerf's two
+all tokens, from the largest values that the calibration's features bring it to; the few channels that lie far out
+are scaled down before, and the weight's rows up to match. --calibration is one of MLPerf's two
 lists: feature indices or question ids, one a line.
 """
 
@@ -26,6 +27,7 @@ from onnxruntime_SUT import INPUTS, MODEL, QUANTIZED_MODEL, feed, open_session, 
 from squad_QSL import SquadQSL
 
 LIMIT = 127  # the largest int8, and minus it the smallest: symmetric
+OPSET = 13  # the first with a scale for each column
 ANSWERS = 2  # columns of the answer layer's weight
 
 
@@ -54,11 +56,16 @@ def read_calibration(path, squad, features):
 def read_model(path):
     """Read an ONNX file into an onnx.ModelProto. Raises UserError where it cannot."""
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the model ({error.strerror}); bert_tf_to_pytorch.py makes one") from None
     except DecodeError:
         raise UserError(f"{path}: damaged or not an ONNX model; bert_tf_to_pytorch.py makes one") from None
+    opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
+    if opset < OPSET:
+        raise UserError(f"{path}: opset {opset} has no scales for each column, {OPSET} has; "
+                        "bert_tf_to_pytorch.py makes a newer file")
+    return model
 
 
 def encoder_products(path, model):
@@ -77,65 +84,83 @@ def encoder_products(path, model):
 
 
 def largest_values(path, model, names, qsl, rows):
-    """The largest absolute value of each of the tensors `names` in each of the samples `rows`: float32 (samples, names).
+    """The largest absolute values of the tensors `names` over the samples `rows`: {name: float32 (channels,)}.
 
     `model` is what the file `path` holds. Raises UserError where ONNX Runtime cannot run it.
     """
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
-    for number, name in enumerate(names):
-        watched.graph.node.append(helper.make_node("Abs", [name], [f"abs_{number}"]))
-        watched.graph.node.append(helper.make_node("ReduceMax", [f"abs_{number}"], [f"max_{number}"], keepdims=0))
-        watched.graph.output.append(helper.make_tensor_value_info(f"max_{number}", TensorProto.FLOAT, []))
+    watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, "watched.onnx")
         write_model(copy, watched)
         del watched
         session = open_session(copy, name=path)
-    types, length = read_inputs(path, session)[:2]
-    wanted = [f"max_{number}" for number in range(len(names))]
-    return np.array([session.run(wanted, feed(types, length, qsl.batch(np.array([row])))) for row in rows])
+    types, length, _ = read_inputs(path, session)
+    largest = dict.fromkeys(names, np.float32(0))
+    for row in rows:
+        values = session.run(names, feed(types, length, qsl.batch(np.array([row]))))
+        for name, value in zip(names, values):
+            largest[name] = np.maximum(largest[name], np.abs(value).reshape(-1, value.shape[-1]).max(axis=0))
+    return largest
+
+
+def tame(largest):
+    """The factors that bring outlying channels of an input down: float32 (channels,), or None where none lies out.
+
+    `largest` is what `largest_values` found for it. In a trained BERT a few channels reach ten times what all others
+    do; one scale for all would leave these others a few of the 255 values.
+    """
+    usual = np.sort(largest)[-1 - len(largest) // 100]
+    return None if largest.max() < 2 * usual else np.minimum(usual / np.maximum(largest, usual), 1).astype(np.float32)
 
 
 def quantize(model, products, largest):
-    """Put QuantizeLinear/DequantizeLinear on both inputs of `products`, in place.
+    """Put QuantizeLinear/DequantizeLinear on both inputs of `products`, in place; `largest` of `largest_values`.
 
-    `largest` is {name of the first input: the value that becomes 127}.
+    Where channels lie out, the input is multiplied by `tame`'s factors before, and the weight's rows divided by them.
     """
     graph = model.graph
+    done = set()  # tensors whose quantized form, NAME_fake, has its nodes
 
-    def pairs(name):  # the nodes that quantize the tensor `name` and give it back as NAME_fake
-        graph.initializer.extend([numpy_helper.from_array(np.float32(max(largest[name], 1e-6) / LIMIT), f"{name}_scale"),
-                                  numpy_helper.from_array(np.int8(0), f"{name}_zero")])
-        parameters = [f"{name}_scale", f"{name}_zero"]
-        return [helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}_int8"], f"{name}_quantize"),
-                helper.make_node("DequantizeLinear", [f"{name}_int8", *parameters], [f"{name}_fake"],
-                                 f"{name}_dequantize")]
+    def constant(name, value):
+        graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
 
-    def weight_node(tensor):  # the node that gives the weight back as NAME_fake; the fp32 one goes
-        weight, name = numpy_helper.to_array(tensor), tensor.name
-        scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / LIMIT
+    def quantized_input(name, factors):
+        limit, source = largest[name].max(), name
+        nodes = []
+        if factors is not None:
+            limit, source = (largest[name] * factors).max(), f"{name}_tamed"
+            nodes = [helper.make_node("Mul", [name, constant(f"{name}_factors", factors)], [source], f"{name}_tame")]
+        scale = constant(f"{name}_scale", np.float32(max(limit, 1e-6) / LIMIT)), constant(f"{name}_zero", np.int8(0))
+        return [*nodes,
+                helper.make_node("QuantizeLinear", [source, *scale], [f"{name}_int8"], f"{name}_quantize"),
+                helper.make_node("DequantizeLinear", [f"{name}_int8", *scale], [f"{name}_fake"], f"{name}_dequantize")]
+
+    def quantized_weight(tensor, factors):
+        name, weight = tensor.name, numpy_helper.to_array(tensor)
+        if factors is not None:
+            weight = weight / factors[:, None]
+        scale = (np.maximum(np.abs(weight).max(axis=0), 1e-12) / LIMIT).astype(np.float32)
+        stored = [constant(f"{name}_int8", np.rint(weight / scale).astype(np.int8)), constant(f"{name}_scale", scale),
+                  constant(f"{name}_zero", np.zeros(len(scale), np.int8))]
         graph.initializer.remove(tensor)
-        graph.initializer.extend([
-            numpy_helper.from_array(np.rint(weight / scale).astype(np.int8), f"{name}_int8"),
-            numpy_helper.from_array(scale.astype(np.float32), f"{name}_scale"),
-            numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}_zero")])
-        return helper.make_node("DequantizeLinear", [f"{name}_int8", f"{name}_scale", f"{name}_zero"],
-                                [f"{name}_fake"], f"{name}_dequantize", axis=1)
+        return [helper.make_node("DequantizeLinear", stored, [f"{name}_fake"], f"{name}_dequantize", axis=1)]
 
-    weights = {node.name: weight for node, weight in products}
-    nodes, done = [], set()
+    matrices = {weight.name: weight for _, weight in products}
+    nodes = []
     for node in graph.node:
-        if node.name in weights:
-            source, weight = node.input
-            if source not in done:
-                nodes += pairs(source)
-            if weight not in done:
-                nodes.append(weight_node(weights[node.name]))
-            done |= {source, weight}
-            node.input[:] = f"{source}_fake", f"{weight}_fake"
+        if node.op_type == "MatMul" and node.input[1] in matrices:
+            name, weight = node.input
+            factors = tame(largest[name])
+            for tensor, make, argument in ((name, quantized_input, name), (weight, quantized_weight, matrices[weight])):
+                if tensor not in done:
+                    done.add(tensor)
+                    nodes += make(argument, factors)
+            node.input[:] = f"{name}_fake", f"{weight}_fake"
         nodes.append(node)
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # what follows frees the graph's own
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -162,7 +187,7 @@ def main():
     products = encoder_products(args.onnx, model)
     names = list(dict.fromkeys(node.input[0] for node, _ in products))
     largest = largest_values(args.onnx, model, names, SquadQSL(features), rows)
-    quantize(model, products, dict(zip(names, largest.max(axis=0).tolist())))
+    quantize(model, products, largest)
     rename_inputs(model, dict(zip(*INPUTS)))
     write_model(args.out, model)
     print(f"{args.out}: {len(products)} products in int8, calibrated on {len(rows)} features")
