@@ -14,6 +14,7 @@ CACHE_DIR = f"{BUILD_DIR}/cache"
 DATASET = f"{BUILD_DIR}/data/dev-v1.1.json"
 VOCAB = f"{MODEL_DIR}/vocab.txt"
 LOG_DIR = f"{BUILD_DIR}/logs"
+CALIBRATION = f"{BUILD_DIR}/data/bert_calibration_features.txt"  # one of MLPerf's two lists for int8
 ACCURACY_LOG = "mlperf_log_accuracy.json"  # LoadGen's name, inside the log folder
 PREDICTIONS = f"{BUILD_DIR}/result/predictions.json"
 BERT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bert_config.json")  # BERT-Large's sizes
@@ -26,6 +27,11 @@ class UserError(Exception):
 def env(name, default):
     """The environment variable `name`; `default` where it is not set or empty."""
     return os.environ.get(name) or default
+
+
+def dataset_files():
+    """The paths of the data set and of the vocabulary."""
+    return env("DATASET_FILE", DATASET), env("VOCAB_FILE", VOCAB)
 
 
 def count(text):
