@@ -71,6 +71,14 @@ def weight_shapes(sizes):
     return shapes
 
 
+def model_files(model):
+    """The files of `model` (as in `read_weights`): (of the sizes, of the weights)."""
+    if os.path.isdir(model):
+        return os.path.join(model, "config.json"), os.path.join(model, "model.safetensors")
+    beside = os.path.join(os.path.dirname(model), "bert_config.json")
+    return beside if os.path.exists(beside) else config.BERT_CONFIG, model
+
+
 def read_weights(model):
     """Read a BERT for question answering: (sizes, {Hugging Face's name: float32 tensor}).
 
@@ -78,11 +86,7 @@ def read_weights(model):
     are in a bert_config.json beside it, else in the project's (BERT-Large). Raises UserError where a file is missing
     or damaged, a weight is missing, of another shape or not finite, or there is one that BERT does not have.
     """
-    if os.path.isdir(model):
-        config_file, path = os.path.join(model, "config.json"), os.path.join(model, "model.safetensors")
-    else:
-        beside = os.path.join(os.path.dirname(model), "bert_config.json")
-        config_file, path = beside if os.path.exists(beside) else config.BERT_CONFIG, model
+    config_file, path = model_files(model)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such model file; `make setup` fetches BERT-Large, "
                         "ML_MODEL_FILE_WITH_PATH names another")
@@ -121,8 +125,7 @@ def _read_state(path):
 
 def digest(model):
     """The sha256 of the weights of `model` (as in `read_weights`), in hexadecimal."""
-    path = os.path.join(model, "model.safetensors") if os.path.isdir(model) else model
-    with open(path, "rb") as file:
+    with open(model_files(model)[1], "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -23,6 +23,7 @@ SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
 # --backend: (file, its backend class). The packages it needs are in requirements/BACKEND.txt.
 BACKENDS = {
     "pytorch": ("pytorch_SUT", "PyTorchBackend"),
+    "openvino": ("openvino_SUT", "OpenVinoBackend"),
 }
 NOT_YET = ("tf", "onnxruntime", "tf_estimator", "ray")
 
@@ -78,6 +79,8 @@ def load_backend(args):
     if args.quantized or args.profile:
         raise UserError("--quantized and --profile are for --backend=onnxruntime, which is not built yet")
     module, name = BACKENDS[args.backend]
+    if args.reference and args.backend == "pytorch":
+        name = "PyTorchReference"
     try:
         return getattr(importlib.import_module(module), name)(args)
     except ModuleNotFoundError as error:
