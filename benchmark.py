@@ -12,6 +12,7 @@ thousand samples a second.
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -66,7 +67,7 @@ def serve(pipe, backend, dtype, model, features):
 
         reference = dtype == "reference"
         args = argparse.Namespace(backend=backend, dtype="fp32" if reference else dtype, reference=reference,
-                                  scenario="SingleStream", profile=False, quantized=dtype == "int8")
+                                  scenario="SingleStream", profile=False, quantized=False)
         runner = load_backend(args)
         qsl = SquadQSL(features)
         batching = Batching(1 if runner.alone else BATCH_TOKENS, sort=not reference)
@@ -86,8 +87,19 @@ def serve(pipe, backend, dtype, model, features):
                 ends = np.cumsum(batch.lengths)[:-1]
                 logits.update(zip((row for row, _ in samples), np.split(result, ends)))
             pipe.send((None, (took, logits, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)))
-    except BaseException as error:  # noqa: BLE001 - the parent reports it
+    except EOFError:
+        pass  # the parent has ended
+    except Exception as error:  # noqa: BLE001 - the parent reports it
         pipe.send((f"{backend}:{dtype}: {error}", None))
+
+
+def start(target, *args):
+    """Run `target(pipe, *args)` in a process that ends with this one; returns the pipe's other end."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    context.Process(target=target, args=(other, *args), daemon=True).start()
+    other.close()  # so that the process's death ends `recv` here
+    return pipe
 
 
 class Run:
@@ -95,11 +107,7 @@ class Run:
 
     def __init__(self, name, model, features):
         self.name = name
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, *name.split(":"), model, features), daemon=True)
-        self.process.start()
-        other.close()
+        self.pipe = start(serve, *name.split(":"), model, features)
         self.backend = self.receive()
         self.rates, self.latencies, self.logits, self.memory = [], [], {}, 0
 
@@ -130,9 +138,9 @@ def flops(sizes, lengths):
 
 
 def peaks(pipe):
-    """In a process of its own: the fastest bare product of a (2048, 1024) by a (1024, 4096) matrix in each dtype.
+    """A process that measures the fastest bare product of a (2048, 1024) by a (1024, 4096) matrix in each dtype.
 
-    Sends {dtype: operations a second}, of PyTorch's plain and prepacked products.
+    Answers every message with {dtype: operations a second}, the highest so far of PyTorch's plain and prepacked ones.
     """
     import torch
 
@@ -140,16 +148,16 @@ def peaks(pipe):
 
     rows, inputs, outputs = 2048, 1024, 4096
     found = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), contextlib.suppress(EOFError):
         x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
         low, high = x.amin(0), x.amax(0)
         int8 = Int8Linear(weight, bias, low, high, torch.bfloat16)
         quantized = int8.quantize(x)
-        ways = {"int8": [lambda: int8(quantized)]}
+        ways = {"int8": [functools.partial(int8, quantized)]}
         for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-            layers = [kind(weight.to(dtype), bias.to(dtype)) for kind in (Linear, PrepackedLinear)]
-            ways[name] = [lambda layer=layer, x=x.to(dtype): layer(x) for layer in layers]
-        while True:
+            ways[name] = [functools.partial(kind(weight.to(dtype), bias.to(dtype)), x.to(dtype))
+                          for kind in (Linear, PrepackedLinear)]
+        while pipe.recv():
             for name, calls in ways.items():
                 for call in calls:
                     for _ in range(6):
@@ -158,23 +166,6 @@ def peaks(pipe):
                         rate = 2 * rows * inputs * outputs / (time.perf_counter() - start)
                         found[name] = max(found.get(name, 0), rate)
             pipe.send(found)
-            if pipe.recv() is None:
-                return
-
-
-def peak_process():
-    """Start `peaks`; returns a function that measures once more and gives the highest rates so far."""
-    context = multiprocessing.get_context("spawn")
-    pipe, other = context.Pipe()
-    context.Process(target=peaks, args=(other,), daemon=True).start()
-    first = [pipe.recv()]
-
-    def again():
-        if first:
-            return first.pop()
-        pipe.send("again")
-        return pipe.recv()
-    return again
 
 
 def f1_of(squad, features, vocab, logits):
@@ -251,20 +242,19 @@ def main():
     few = rows[:max(2, len(rows) // 8)]  # of the reference, which takes the same time for each
 
     names = [f"{backend}:reference" for backend in dict.fromkeys(run.split(":")[0] for run in args.runs)] + args.runs
-    with contextlib.ExitStack() as stack:
-        measure_peak = peak_process()
-        runs = []
-        for name in names:
-            print(f"loading {name}", file=sys.stderr, flush=True)
-            runs.append(Run(name, folder, features))
-            stack.callback(runs[-1].process.kill)
-        for turn in range(args.turns):
-            print(f"turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
-            for run in runs:
-                plain = run.name.endswith(":reference")
-                run.measure("offline", few if plain else rows)
-                run.measure("alone", few if plain else rows)
-            peak = measure_peak()
+    peak_pipe = start(peaks)
+    runs = []
+    for name in names:
+        print(f"loading {name}", file=sys.stderr, flush=True)
+        runs.append(Run(name, folder, features))
+    for turn in range(args.turns):
+        print(f"turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
+        for run in runs:
+            plain = run.name.endswith(":reference")
+            run.measure("offline", few if plain else rows)
+            run.measure("alone", few if plain else rows)
+        peak_pipe.send("measure")
+        peak = peak_pipe.recv()
     f1s = {}
     if given:
         vocab = read_vocab(vocab_file)

@@ -279,9 +279,8 @@ class PyTorchReference:
         self.device = torch.device("cuda" if config.use_gpu() and torch.cuda.is_available() else "cpu")
         sizes, weights = read_weights(config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pytorch"))
         self.vocab_size = sizes["vocab_size"]
-        with torch.device("meta"):
-            model = BertForQuestionAnswering(BertConfig(**sizes))
-        model.load_state_dict(weights, strict=False, assign=True)
+        model = BertForQuestionAnswering(BertConfig(**sizes))
+        model.load_state_dict(weights, assign=True)
         self.model = model.to(self.device).eval()
         self.name = f"PyTorch {torch.__version__}, {self.device.type}, fp32, the plain model padded"
 
