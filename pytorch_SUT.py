@@ -219,7 +219,7 @@ class PyTorchBackend:
         self.sizes, weights = read_weights(self.model)
         self.vocab_size = self.sizes["vocab_size"]
 
-        dtype = args.dtype or "fp32"
+        dtype = args.dtype
         if self.device.type == "cuda" and dtype == "int8":
             raise UserError("--dtype=int8 runs on CPUs only; set USE_GPU=0 or give --dtype=fp16")
         if self.device.type == "cpu" and not cpu_runs(dtype):

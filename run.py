@@ -20,12 +20,18 @@ from config import UserError
 
 SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
 
-# --backend: (file, its backend class). The packages it needs are in requirements/BACKEND.txt.
+# --backend: (file, its backend class, the dtypes it has). The packages it needs are in requirements/BACKEND.txt.
 BACKENDS = {
-    "pytorch": ("pytorch_SUT", "PyTorchBackend"),
-    "openvino": ("openvino_SUT", "OpenVinoBackend"),
+    "tf": ("tf_SUT", "TensorFlowBackend", ("fp32",)),
+    "pytorch": ("pytorch_SUT", "PyTorchBackend", ("fp32", "bf16", "fp16", "int8")),
+    "onnxruntime": ("onnxruntime_SUT", "OnnxRuntimeBackend", ("fp32", "int8")),
+    "openvino": ("openvino_SUT", "OpenVinoBackend", ("fp32", "bf16", "fp16", "int8")),
 }
-NOT_YET = ("tf", "onnxruntime", "tf_estimator", "ray")
+# What the reference has besides: --backend: why it is refused, and what to do.
+REFUSED = {
+    "tf_estimator": "TensorFlow has removed Estimator; use --backend=tf",
+    "ray": "not built yet; use --backend=pytorch",
+}
 
 BATCH_TOKENS = 4096  # a batch at most; measured on a CPU, where more gains nothing
 
@@ -43,17 +49,17 @@ RESULTS = {
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *NOT_YET], help="default: %(default)s")
+    parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *REFUSED], help="default: %(default)s")
     parser.add_argument("--scenario", default="Offline", choices=SCENARIOS, help="default: %(default)s")
     parser.add_argument("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"),
-                        help="what the products are computed in (default: fp32)")
+                        help="what the products are computed in (default: fp32, with --quantized int8)")
     parser.add_argument("--reference", action="store_true",
                         help="what the MLPerf reference does: the plain model, one sample at a time, padded to 384")
     parser.add_argument("--batch_tokens", type=config.count,
                         help=f"tokens a batch at most (default: {BATCH_TOKENS}; Server: what a third of the target "
                              "latency allows)")
-    parser.add_argument("--quantized", action="store_true", help="the int8 model (onnxruntime)")
+    parser.add_argument("--quantized", action="store_true", help="the int8 model, as --dtype=int8")
     parser.add_argument("--profile", action="store_true", help="write onnxruntime's profile")
     parser.add_argument("--user_conf", default="user.conf",
                         help="LoadGen settings of the system (default: %(default)s)")
@@ -64,7 +70,13 @@ def parse_args():
     parser.add_argument("--node", default="", help="with --network: this node's name")
     parser.add_argument("--port", type=config.count, default=8000, help="with --network=sut (default: %(default)s)")
     parser.add_argument("--sut_server", nargs="*", default=["http://localhost:8000"], help="with --network=lon")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quantized and args.dtype not in (None, "int8"):
+        parser.error(f"--quantized is --dtype=int8, not {args.dtype}; give one of them")
+    args.dtype = args.dtype or ("int8" if args.quantized else "fp32")
+    if args.reference and args.dtype != "fp32":
+        parser.error(f"--reference is the fp32 model, not {args.dtype}; leave one of them out")
+    return args
 
 
 def stage(text):
@@ -74,11 +86,13 @@ def stage(text):
 
 def load_backend(args):
     """The backend object that `args` asks for, its model loaded. Raises UserError where it cannot be had."""
-    if args.backend in NOT_YET:
-        raise UserError(f"--backend={args.backend} is not built yet; use --backend=pytorch")
-    if args.quantized or args.profile:
-        raise UserError("--quantized and --profile are for --backend=onnxruntime, which is not built yet")
-    module, name = BACKENDS[args.backend]
+    if args.backend in REFUSED:
+        raise UserError(f"--backend={args.backend}: {REFUSED[args.backend]}")
+    if args.profile and args.backend != "onnxruntime":
+        raise UserError(f"--profile is for --backend=onnxruntime, not {args.backend}; leave it out")
+    module, name, dtypes = BACKENDS[args.backend]
+    if args.dtype not in dtypes:
+        raise UserError(f"--backend={args.backend} runs in {', '.join(dtypes)}, not {args.dtype}; give another --dtype")
     if args.reference and args.backend == "pytorch":
         name = "PyTorchReference"
     try:

@@ -186,7 +186,7 @@ class Faulty:
             BODY
         return np.zeros((batch.lengths.sum(), 2), np.float32)
 
-run.BACKENDS["pytorch"] = ("__main__", "Faulty")
+run.BACKENDS["pytorch"] = ("__main__", "Faulty", ("fp32",))
 config.script(run.main)
 """
 

@@ -1,0 +1,93 @@
+"""The TensorFlow backend: runs a frozen graph of BERT for question answering."""
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices of processor and missing GPU
+
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+
+import config
+from config import UserError
+from create_squad_data import MAX_SEQ_LENGTH
+
+INPUTS = ("input_ids:0", "input_mask:0", "segment_ids:0")  # int32 (batch, length)
+LOGITS = "logits:0"  # float32 (batch, length, 2)
+
+
+def read_graph(path):
+    """Read a frozen graph into a tf.Graph. Raises UserError where it is missing, damaged or not BERT's."""
+    definition = tf.compat.v1.GraphDef()
+    try:
+        with open(path, "rb") as file:
+            definition.ParseFromString(file.read())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the model ({error.strerror}); `make setup` fetches BERT-Large's, "
+                        "ML_MODEL_FILE_WITH_PATH names another") from None
+    except DecodeError:
+        raise UserError(f"{path}: damaged or not a frozen TensorFlow graph; tf_freeze_bert.py makes one") from None
+    with tf.Graph().as_default() as graph:
+        try:
+            tf.import_graph_def(definition, name="")
+        except (ValueError, tf.errors.OpError) as error:
+            raise UserError(f"{path}: TensorFlow cannot use the graph ({str(error).splitlines()[0]}); "
+                            "fetch it anew") from None
+    for name in (*INPUTS, LOGITS):
+        try:
+            graph.get_tensor_by_name(name)
+        except KeyError:
+            raise UserError(f"{path}: the graph has no tensor {name}; tf_freeze_bert.py makes one that has") from None
+    return graph
+
+
+def fixed_sizes(path, graph):
+    """(length, one by one) of the graph's inputs: the length in tokens or None where any will do, a batch of 1 only.
+
+    Raises UserError where the inputs are too short for the features, or take batches of another fixed size.
+    """
+    shapes = [graph.get_tensor_by_name(name).shape for name in INPUTS]
+    sizes = shapes[0].as_list() if shapes[0].rank == 2 else ()
+    if shapes != shapes[:1] * 3 or len(sizes) != 2 or sizes[0] not in (None, 1) or \
+            sizes[1] not in (None, MAX_SEQ_LENGTH):
+        raise UserError(f"{path}: the graph's inputs are {', '.join(map(str, shapes))}; (1, {MAX_SEQ_LENGTH}) or "
+                        "dynamic ones are needed, tf_freeze_bert.py makes them")
+    return sizes[1], sizes[0] == 1
+
+
+class TensorFlowBackend:
+    """BERT in TensorFlow, on a GPU where there is one that USE_GPU allows, else on the CPU."""
+
+    workers = 1
+    vocab_size = sys.maxsize  # the file does not say; an unknown token fails in `predict`
+
+    def __init__(self, args):
+        """`args` are run.py's. Raises UserError where the model cannot be used."""
+        self.path = path = config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pb")
+        threads = config.env_count("MLC_MAX_NUM_THREADS")
+        settings = tf.compat.v1.ConfigProto(
+            intra_op_parallelism_threads=config.env_count("TF_INTRA_OP_PARALLELISM_THREADS") or threads or 0,
+            inter_op_parallelism_threads=config.env_count("TF_INTER_OP_PARALLELISM_THREADS") or 1)
+        gpu = config.use_gpu() and bool(tf.config.list_physical_devices("GPU"))
+        if not gpu:
+            settings.device_count["GPU"] = 0
+        graph = read_graph(path)
+        self.length, one_by_one = fixed_sizes(path, graph)
+        if args.reference:
+            self.length = MAX_SEQ_LENGTH
+        self.alone = one_by_one or args.reference or not gpu  # on a CPU padding costs more than it gains
+        self.call = tf.compat.v1.Session(graph=graph, config=settings).make_callable(LOGITS, feed_list=list(INPUTS))
+        self.name = f"TensorFlow {tf.__version__}, {'cuda' if gpu else 'cpu'}, fp32"
+
+    def predict(self, batch):
+        """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where the graph cannot take it."""
+        return batch.packed(self.logits(batch))
+
+    def logits(self, batch):
+        """The logits of a `squad_QSL.Batch` as one call of the graph gives them, float32 (B, L, 2)."""
+        longest = batch.input_ids.shape[1]
+        try:
+            return self.call(*batch.padded_to(self.length or longest))[:, :longest]
+        except tf.errors.OpError as error:
+            raise UserError(f"{self.path}: TensorFlow cannot run the graph ({str(error).splitlines()[0]}); "
+                            "the model must fit the vocabulary of VOCAB_FILE") from None
