@@ -22,7 +22,7 @@ from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 
 OPSET = 20  # the first with Gelu
-INPUTS = ("input_ids", "input_mask", "segment_ids")
+INPUTS = config.ONNX_INPUTS[0]
 OUTPUTS = ("output_start_logits", "output_end_logits")
 ONE_FILE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB; weights of more go to a second file beside the first
 

@@ -8,10 +8,13 @@ their logits is printed, and is an error from 1e-4.
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -22,8 +25,8 @@ import config
 from bert_pytorch_to_onnx import build_model, write_model
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from onnxruntime_SUT import OnnxRuntimeBackend
-from pytorch_SUT import PyTorchBackend, read_config
+from pytorch_SUT import read_config
+from run import BACKENDS
 from squad_QSL import Batch
 from tf_checkpoint import DEFAULT, read_checkpoint
 
@@ -52,22 +55,33 @@ def random_batches(sizes):
 
 
 def answers(backend, model, sizes):
-    """The logits of `random_batches` from a backend class on the file `model`: [float32 (tokens, 2)]."""
+    """The logits of `random_batches` from a backend of run.py on the file `model`: [float32 (tokens, 2)]."""
+    module, name, _ = BACKENDS[backend]
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
-    args = SimpleNamespace(quantized=False, profile=False, dtype="fp32", reference=False)
-    loaded = backend(args)
+    loaded = getattr(importlib.import_module(module), name)(
+        SimpleNamespace(scenario="Offline", profile=False, dtype="fp32", reference=False))
     return [loaded.predict(batch) for batch in random_batches(sizes)]
 
 
-def tensorflow_answers(sizes, weights):
-    """The logits of `random_batches` from TensorFlow's graph of `weights`: [float32 (tokens, 2)]."""
+def freeze(checkpoint, sizes, path):
+    """Write a checkpoint's graph to the file `path`."""
     from tf_freeze_bert import build_graph, write_graph
-    from tf_SUT import TensorFlowBackend
 
+    write_graph(path, build_graph(sizes, read_checkpoint(checkpoint, sizes)[0]))
+
+
+def alone(function, *args):
+    """The result of a function in a process of its own: BERT-Large in three frameworks at once would not fit into 16 GiB."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def tensorflow_answers(checkpoint, sizes):
+    """The logits of `random_batches` from TensorFlow's graph of a checkpoint: [float32 (tokens, 2)]."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.pb")
-        write_graph(path, build_graph(sizes, weights))
-        return answers(TensorFlowBackend, path, sizes)
+        alone(freeze, checkpoint, sizes, path)
+        return alone(answers, "tf", path, sizes)
 
 
 def main():
@@ -85,12 +99,11 @@ def main():
     write_state(args.pytorch_out, sizes, weights)
     write_model(args.onnx_out, build_model(sizes, weights))
 
-    logits = {"TensorFlow": tensorflow_answers(sizes, weights)}
     del weights
-    logits["PyTorch"] = answers(PyTorchBackend, args.pytorch_out, sizes)
-    logits["ONNX"] = answers(OnnxRuntimeBackend, args.onnx_out, sizes)
+    logits = [tensorflow_answers(args.tf_checkpoint, sizes), alone(answers, "pytorch", args.pytorch_out, sizes),
+              alone(answers, "onnxruntime", args.onnx_out, sizes)]
     worst = max(np.abs(one - other).max() for one, other in
-                (pair for three in zip(*logits.values()) for pair in combinations(three, 2)))
+                (pair for three in zip(*logits) for pair in combinations(three, 2)))
     print(f"{args.pytorch_out}, {args.onnx_out}: logits of {len(LENGTHS)} features differ from TensorFlow's and one "
           f"another's by at most {worst:.1e}")
     if not worst < TOLERANCE:

@@ -13,7 +13,13 @@ MODEL_DIR = f"{BUILD_DIR}/data/bert_tf_v1_1_large_fp32_384_v2"  # the reference'
 CACHE_DIR = f"{BUILD_DIR}/cache"
 DATASET = f"{BUILD_DIR}/data/dev-v1.1.json"
 VOCAB = f"{MODEL_DIR}/vocab.txt"
+ONNX_MODEL = f"{MODEL_DIR}/model.onnx"
+ONNX_INT8_MODEL = f"{MODEL_DIR}/bert_large_v1_1_fake_quant.onnx"
+# What an ONNX file's inputs are called, ids, mask, segments: the first as in MLPerf's fp32 file, the second as in its
+# int8 file.
+ONNX_INPUTS = ("input_ids", "input_mask", "segment_ids"), ("input_ids", "attention_mask", "token_type_ids")
 LOG_DIR = f"{BUILD_DIR}/logs"
+CALIBRATION = f"{BUILD_DIR}/data/bert_calibration_features.txt"  # one of MLPerf's two lists for int8
 ACCURACY_LOG = "mlperf_log_accuracy.json"  # LoadGen's name, inside the log folder
 PREDICTIONS = f"{BUILD_DIR}/result/predictions.json"
 BERT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bert_config.json")  # BERT-Large's sizes
@@ -26,6 +32,25 @@ class UserError(Exception):
 def env(name, default):
     """The environment variable `name`; `default` where it is not set or empty."""
     return os.environ.get(name) or default
+
+
+def onnx_model(dtype):
+    """The path of the ONNX model to run in `dtype`."""
+    return env("ML_MODEL_FILE_WITH_PATH", ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL)
+
+
+def onnx_inputs(path, found):
+    """The one of ONNX_INPUTS that the names `found` in the file `path` are, in any order. Raises UserError."""
+    for names in ONNX_INPUTS:
+        if set(names) == set(found):
+            return names
+    raise UserError(f"{path}: the inputs are {', '.join(found)}, not {' or '.join(map(', '.join, ONNX_INPUTS))}; "
+                    "bert_tf_to_pytorch.py and quantize_bert.py make files that fit")
+
+
+def dataset_files():
+    """The paths of the data set and of the vocabulary."""
+    return env("DATASET_FILE", DATASET), env("VOCAB_FILE", VOCAB)
 
 
 def count(text):

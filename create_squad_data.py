@@ -260,6 +260,14 @@ def _write_npz(path, arrays):
             os.unlink(part)
 
 
+def keep_arrays(path, arrays):
+    """Write `arrays` to the cache file `path`; only a notice where that cannot be."""
+    try:
+        _write_npz(path, arrays)
+    except OSError as error:
+        print(f"notice: cannot keep {path} ({error.strerror}); going on without", file=sys.stderr)
+
+
 def load_features(dataset, vocab_file, cache=None, max_examples=None):
     """Read the data set and its features: (Squad, Features).
 
@@ -276,15 +284,32 @@ def load_features(dataset, vocab_file, cache=None, max_examples=None):
         print(f"notice: the cache {cache} {fault}; it is made anew", file=sys.stderr)
     if features is None:
         features = make_features(squad, vocab)
-        arrays = {field.name: getattr(features, field.name) for field in fields(Features)}
-        try:
-            _write_npz(cache, {"key": np.array(key), **arrays})
-        except OSError as error:
-            print(f"notice: cannot keep the features in {cache} ({error.strerror}); going on without",
-                  file=sys.stderr)
+        keep_arrays(cache, {"key": np.array(key), **vars(features)})
     if max_examples is not None:
         features = Features(*(getattr(features, field.name)[:max_examples] for field in fields(Features)))
     return squad, features
+
+
+def read_calibration(path, squad, features):
+    """The features that the list `path` names: int array. Raises UserError where a line names none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the calibration list ({error})") from None
+    if not lines:
+        raise UserError(f"{path}: the calibration list is empty; give one of MLPerf's")
+    questions = {question.id: number for number, question in enumerate(squad.questions)}
+    if lines[0] in questions:
+        unknown = next((line for line in lines if line not in questions), None)
+        rows = np.flatnonzero(np.isin(features.question, [questions.get(line, -1) for line in lines]))
+    else:
+        unknown = next((line for line in lines if not line.isdecimal() or int(line) >= len(features)), None)
+        rows = np.array([int(line) for line in lines] if unknown is None else [])
+    if unknown is not None:
+        raise UserError(f"{path}: {unknown!r} is neither a question id of {squad.path} nor below its {len(features)} "
+                        "features; give the list and the data set that belong together")
+    return rows
 
 
 def main():

@@ -11,11 +11,6 @@ import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 
-MODEL = f"{config.MODEL_DIR}/model.onnx"
-QUANTIZED_MODEL = f"{config.MODEL_DIR}/bert_large_v1_1_fake_quant.onnx"
-
-# What the inputs are called: token ids, mask, segments. The first as in MLPerf's fp32 file, the second as in its int8.
-INPUTS = ("input_ids", "input_mask", "segment_ids"), ("input_ids", "attention_mask", "token_type_ids")
 TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 CPU = "CPUExecutionProvider"
 SLOW = {"SkipLayerNormFusion"}  # on a CPU the fused operator takes longer than addition and norm
@@ -52,9 +47,7 @@ def read_inputs(path, session):
     inputs are others, too short for the features, or take batches of another fixed size.
     """
     found = {node.name: node for node in session.get_inputs()}
-    names = next((names for names in INPUTS if set(names) == set(found)), None)
-    if names is None:
-        raise UserError(f"{path}: the inputs are {', '.join(found)}, not {' or '.join(map(', '.join, INPUTS))}; {REMEDY}")
+    names = config.onnx_inputs(path, list(found))
     types = [found[name].type for name in names]
     if not set(types) <= set(TYPES):
         raise UserError(f"{path}: the inputs are {', '.join(types)}, not int64 or int32; {REMEDY}")
@@ -92,7 +85,7 @@ class OnnxRuntimeBackend:
 
     def __init__(self, args):
         """`args` are run.py's. Raises UserError where the model cannot be used."""
-        self.path = config.env("ML_MODEL_FILE_WITH_PATH", QUANTIZED_MODEL if args.quantized else MODEL)
+        self.path = config.onnx_model(args.dtype)
         options = onnxruntime.SessionOptions()
         if args.profile:
             options.enable_profiling = True
@@ -101,15 +94,16 @@ class OnnxRuntimeBackend:
         self.types, self.length, one_by_one = read_inputs(self.path, self.session)
         check_outputs(self.path, self.session)
         provider = self.session.get_providers()[0]
-        self.alone = one_by_one or provider == CPU  # there padding costs more than small products do
-        self.name = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {'int8' if args.quantized else 'fp32'}"
+        if args.reference:
+            self.length = MAX_SEQ_LENGTH
+        self.alone = one_by_one or args.reference or provider == CPU  # there padding costs more than it gains
+        self.name = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {args.dtype}"
         if args.profile:
             atexit.register(self.end_profile)
 
     def predict(self, batch):
         """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where the model cannot take it."""
-        parts = batch.alone() if self.alone else [batch]
-        return np.concatenate([part.packed(self.logits(part)) for part in parts])
+        return batch.packed(self.logits(batch))
 
     def logits(self, batch):
         """The logits of a `squad_QSL.Batch` as one call of the graph gives them, float32 (B, L, 2)."""

@@ -1,19 +1,23 @@
-"""The PyTorch backend: loads a BERT for question answering and turns a batch into logits.
+"""The PyTorch backend: loads a BERT for question answering and turns a batch into logits. packed_bert.py computes."""
 
-The forward pass works on packed tokens: the tokens of all samples of a batch stand behind one another in one matrix
-for every linear layer, and only attention looks at each sample alone. So no padding is ever computed.
-"""
-
+import hashlib
 import json
 import os
+import platform
+import sys
 import zipfile
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import config
 from config import UserError
+from create_squad_data import MAX_SEQ_LENGTH, keep_arrays, load_features, read_calibration
+from packed_bert import Bert, Int8Linear, Linear, PrepackedLinear
+from squad_QSL import SquadQSL
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # --dtype: PyTorch's name
 
 UNNEEDED = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "bert.embeddings.position_ids")
 
@@ -67,6 +71,14 @@ def weight_shapes(sizes):
     return shapes
 
 
+def model_files(model):
+    """The files of `model` (as in `read_weights`): (of the sizes, of the weights)."""
+    if os.path.isdir(model):
+        return os.path.join(model, "config.json"), os.path.join(model, "model.safetensors")
+    beside = os.path.join(os.path.dirname(model), "bert_config.json")
+    return beside if os.path.exists(beside) else config.BERT_CONFIG, model
+
+
 def read_weights(model):
     """Read a BERT for question answering: (sizes, {Hugging Face's name: float32 tensor}).
 
@@ -74,11 +86,7 @@ def read_weights(model):
     are in a bert_config.json beside it, else in the project's (BERT-Large). Raises UserError where a file is missing
     or damaged, a weight is missing, of another shape or not finite, or there is one that BERT does not have.
     """
-    if os.path.isdir(model):
-        config_file, path = os.path.join(model, "config.json"), os.path.join(model, "model.safetensors")
-    else:
-        beside = os.path.join(os.path.dirname(model), "bert_config.json")
-        config_file, path = beside if os.path.exists(beside) else config.BERT_CONFIG, model
+    config_file, path = model_files(model)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such model file; `make setup` fetches BERT-Large, "
                         "ML_MODEL_FILE_WITH_PATH names another")
@@ -115,64 +123,91 @@ def _read_state(path):
     return state
 
 
-class Bert:
-    """BERT for question answering over packed tokens."""
+def digest(model):
+    """The sha256 of the weights of `model` (as in `read_weights`), in hexadecimal."""
+    with open(model_files(model)[1], "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def __init__(self, sizes, weights, device):
-        """`sizes` and `weights` as `read_weights` gives them."""
-        self.heads, self.epsilon = sizes["num_attention_heads"], sizes.get("layer_norm_eps", 1e-12)
 
-        def linear(*names):  # several layers of the same input become one
-            return tuple(torch.cat([weights[f"{name}.{part}"] for name in names]).to(device)
-                         for part in ("weight", "bias"))
+class Observer(PrepackedLinear):
+    """A product that notes the range of its inputs: `low` and `high`, fp32 (inputs,)."""
 
-        def norm(name):
-            return weights[f"{name}.weight"].to(device), weights[f"{name}.bias"].to(device)
+    def __init__(self, weight, bias):
+        super().__init__(weight, bias)
+        self.low = self.high = torch.zeros(weight.shape[1])
 
-        self.words, self.positions, self.types = (
-            weights[f"bert.embeddings.{name}_embeddings.weight"].to(device)
-            for name in ("word", "position", "token_type"))
-        self.embedding_norm = norm("bert.embeddings.LayerNorm")
-        self.layers = []
-        for layer in range(sizes["num_hidden_layers"]):
-            prefix = f"bert.encoder.layer.{layer}"
-            self.layers.append((
-                linear(*(f"{prefix}.attention.self.{name}" for name in ("query", "key", "value"))),
-                linear(f"{prefix}.attention.output.dense"), norm(f"{prefix}.attention.output.LayerNorm"),
-                linear(f"{prefix}.intermediate.dense"), linear(f"{prefix}.output.dense"),
-                norm(f"{prefix}.output.LayerNorm")))
-        self.answer = linear("qa_outputs")
+    def watch(self, x):
+        self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
+        return x
 
-    def __call__(self, input_ids, segment_ids, positions, lengths):
-        """Logits float32 (T, 2) of T packed tokens; the first three are int64 (T,), `lengths` a list of ints."""
-        def norm(x, weight_bias):
-            return F.layer_norm(x, x.shape[1:], *weight_bias, self.epsilon)
+    def __call__(self, x):
+        return super().__call__(self.watch(x))
 
-        x = self.words[input_ids] + self.positions[positions] + self.types[segment_ids]
-        x = norm(x, self.embedding_norm)
-        for qkv, out, out_norm, up, down, down_norm in self.layers:
-            x = norm(F.linear(self.attend(F.linear(x, *qkv), lengths), *out) + x, out_norm)
-            x = norm(F.linear(F.gelu(F.linear(x, *up)), *down) + x, down_norm)
-        return F.linear(x, *self.answer)
+    def gelu(self, x):
+        return super().gelu(self.watch(x))
 
-    def attend(self, qkv, lengths):
-        """Attention within each sample: queries, keys and values (T, 3 * hidden) -> (T, hidden)."""
-        tokens, width = qkv.shape
-        result = qkv.new_empty(tokens, width // 3)
-        heads = result.view(tokens, self.heads, -1)
-        start = 0
-        for length in lengths:
-            q, k, v = qkv[start:start + length].view(length, 3, self.heads, -1).permute(1, 2, 0, 3)  # (heads, length, d)
-            scores = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1)
-            heads[start:start + length] = (scores @ v).transpose(0, 1)
-            start += length
-        return result
+    def add(self, x, residual):
+        return super().add(self.watch(x), residual)
+
+
+def int8_ranges(model, build):
+    """The range of the inputs of each of `model`'s linear layers over the calibration's features.
+
+    {layer's name: (low, high)}, fp32 (inputs,). Read from build/cache where they are known for these weights, features
+    and list; otherwise found with `build`, which makes a `Bert` of `Observer`s and the dict of these. The features are
+    those of CALIBRATION_FILE, one of MLPerf's two lists, of the data set; without the file, 100 at even steps.
+    """
+    dataset, vocab_file = config.dataset_files()
+    squad, features = load_features(dataset, vocab_file)
+    calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
+    if os.path.exists(calibration):
+        rows = read_calibration(calibration, squad, features)
+    else:
+        print(f"notice: {calibration} (MLPerf's calibration list) is absent; calibrating with 100 samples at even "
+              "steps: no official result", file=sys.stderr)
+        rows = np.unique(np.linspace(0, len(features) - 1, 100).astype(int))
+    key = hashlib.sha256(digest(model).encode() + features.input_ids[rows].tobytes()).hexdigest()
+    cache = os.path.join(config.CACHE_DIR, f"int8-{key[:16]}.npz")
+    try:
+        with np.load(cache, allow_pickle=False) as archive:
+            return {name: tuple(torch.from_numpy(pair)) for name, pair in archive.items()}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        print(f"notice: {cache} is damaged ({error}); calibrating anew", file=sys.stderr)
+
+    bert, observers = build()
+    qsl = SquadQSL(features)
+    for row in rows:
+        bert(*packed_inputs(qsl.batch(np.array([row]))))
+    ranges = {name: (observer.low, observer.high) for name, observer in observers.items()}
+    keep_arrays(cache, {name: torch.stack(pair).numpy() for name, pair in ranges.items()})
+    return ranges
+
+
+def packed_inputs(batch, device="cpu"):
+    """What `Bert` takes for a `squad_QSL.Batch`: ids, segments and positions, int32 (tokens,), and the lengths."""
+    lengths = batch.lengths.tolist()
+    positions = np.broadcast_to(np.arange(batch.input_ids.shape[1], dtype=np.int32), batch.input_ids.shape)
+    tensors = [torch.from_numpy(batch.packed(array)).to(device)
+               for array in (batch.input_ids, batch.segment_ids, positions)]
+    return *tensors, lengths
+
+
+def cpu_runs(dtype):
+    """Whether this processor has instructions for products in `dtype`."""
+    return {
+        "fp32": lambda: True,
+        "bf16": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "fp16": lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        "int8": lambda: torch.cpu._is_vnni_supported(),
+    }[dtype]()
 
 
 class PyTorchBackend:
     """BERT in PyTorch, on CUDA where there is one that USE_GPU allows, else on the CPU."""
 
-    workers = 1
+    workers, alone = 1, False
 
     def __init__(self, args):
         """`args` are run.py's. Raises UserError where the model cannot be used."""
@@ -180,16 +215,80 @@ class PyTorchBackend:
         threads = config.env_count("MLC_MAX_NUM_THREADS")
         if threads:
             torch.set_num_threads(threads)
-        model = config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pytorch")
-        sizes, weights = read_weights(model)
-        self.vocab_size = sizes["vocab_size"]
-        self.bert = Bert(sizes, weights, self.device)
-        self.name = f"PyTorch {torch.__version__}, {self.device.type}, fp32"
+        self.model = config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pytorch")
+        self.sizes, weights = read_weights(self.model)
+        self.vocab_size = self.sizes["vocab_size"]
+
+        dtype = args.dtype
+        if self.device.type == "cuda" and dtype == "int8":
+            raise UserError("--dtype=int8 runs on CPUs only; set USE_GPU=0 or give --dtype=fp16")
+        if self.device.type == "cpu" and not cpu_runs(dtype):
+            print(f"notice: this processor has no {dtype} instructions; running in fp32", file=sys.stderr)
+            dtype = "fp32"
+        self.name = f"PyTorch {torch.__version__}, {self.device.type}, {dtype}"
+        with torch.inference_mode():
+            if dtype == "int8":
+                self.bert = self.int8_bert(weights)
+            else:
+                self.bert = self.float_bert(weights, getattr(torch, DTYPES[dtype]))
+
+    def float_bert(self, weights, dtype):
+        # oneDNN's layouts are for x86; elsewhere PyTorch's own products are the fast ones
+        prepack = self.device.type == "cpu" and torch.backends.mkldnn.is_available() and platform.machine() == "x86_64"
+        kind = PrepackedLinear if prepack else Linear
+        return Bert(self.sizes, weights, self.device, dtype, lambda name, *layer: kind(*(x.to(dtype) for x in layer)))
+
+    def int8_bert(self, weights):
+        observers = {}
+
+        def observer(name, weight, bias):
+            observers[name] = Observer(weight, bias)
+            return observers[name]
+
+        def observed():
+            return Bert(self.sizes, read_weights(self.model)[1], self.device, torch.float32, observer), observers
+
+        ranges = int8_ranges(self.model, observed)
+        observers.clear()
+
+        def int8_linear(name, weight, bias):
+            layer, part = name.split(".")
+            gelu_range = ranges[f"{layer}.down"] if part == "up" else None
+            return Int8Linear(weight, bias, *ranges[name], torch.bfloat16, gelu_range)
+
+        return Bert(self.sizes, weights, self.device, torch.float32, int8_linear)
 
     @torch.inference_mode()
     def predict(self, batch):
         """The logits of a `squad_QSL.Batch`, float32 (tokens, 2)."""
-        positions = torch.cat([torch.arange(length) for length in batch.lengths.tolist()])
-        ids, segments = (torch.from_numpy(batch.packed(array)).long() for array in (batch.input_ids, batch.segment_ids))
-        return self.bert(*(tensor.to(self.device) for tensor in (ids, segments, positions)),
-                         batch.lengths.tolist()).cpu().numpy()
+        return self.bert(*packed_inputs(batch, self.device)).cpu().numpy()
+
+
+class PyTorchReference:
+    """What the MLPerf reference computes: Hugging Face's plain model in fp32, one sample at a time, padded to 384."""
+
+    workers, alone = 1, True
+
+    def __init__(self, args):
+        """`args` are run.py's. Raises UserError where the model cannot be used."""
+        try:
+            from transformers import BertConfig, BertForQuestionAnswering
+        except ModuleNotFoundError:
+            raise UserError("--reference needs the package transformers; "
+                            "`make venv BACKEND=reference` installs it") from None
+        self.device = torch.device("cuda" if config.use_gpu() and torch.cuda.is_available() else "cpu")
+        sizes, weights = read_weights(config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pytorch"))
+        self.vocab_size = sizes["vocab_size"]
+        model = BertForQuestionAnswering(BertConfig(**sizes))
+        model.load_state_dict(weights, assign=True)
+        self.model = model.to(self.device).eval()
+        self.name = f"PyTorch {torch.__version__}, {self.device.type}, fp32, the plain model padded"
+
+    @torch.inference_mode()
+    def predict(self, batch):
+        """The logits of a `squad_QSL.Batch` of one sample, float32 (tokens, 2)."""
+        ids, mask, segments = (torch.from_numpy(array).long().to(self.device)
+                               for array in batch.padded_to(MAX_SEQ_LENGTH))
+        logits = self.model(input_ids=ids, attention_mask=mask, token_type_ids=segments)
+        pairs = torch.stack((logits.start_logits[0], logits.end_logits[0]), dim=-1)
+        return pairs[:batch.lengths[0]].cpu().numpy()

@@ -22,35 +22,13 @@ from onnx import TensorProto, helper, numpy_helper
 import config
 from bert_pytorch_to_onnx import write_model
 from config import UserError
-from create_squad_data import load_features
-from onnxruntime_SUT import INPUTS, MODEL, QUANTIZED_MODEL, feed, open_session, read_inputs
+from create_squad_data import load_features, read_calibration
+from onnxruntime_SUT import feed, open_session, read_inputs
 from squad_QSL import SquadQSL
 
 LIMIT = 127  # the largest int8, and minus it the smallest: symmetric
 OPSET = 13  # the first with a scale for each column
 ANSWERS = 2  # columns of the answer layer's weight
-
-
-def read_calibration(path, squad, features):
-    """The features that the list `path` names: int array. Raises UserError where a line names none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the calibration list ({error})") from None
-    if not lines:
-        raise UserError(f"{path}: the calibration list is empty; give one of MLPerf's")
-    questions = {question.id: number for number, question in enumerate(squad.questions)}
-    if lines[0] in questions:
-        unknown = next((line for line in lines if line not in questions), None)
-        rows = np.flatnonzero(np.isin(features.question, [questions.get(line, -1) for line in lines]))
-    else:
-        unknown = next((line for line in lines if not line.isdecimal() or int(line) >= len(features)), None)
-        rows = np.array([int(line) for line in lines] if unknown is None else [])
-    if unknown is not None:
-        raise UserError(f"{path}: {unknown!r} is neither a question id of {squad.path} nor below its {len(features)} "
-                        "features; give the list and the data set that belong together")
-    return rows
 
 
 def read_model(path):
@@ -175,11 +153,12 @@ def rename_inputs(model, names):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--onnx", default=MODEL, help="the fp32 model (default: %(default)s)")
-    parser.add_argument("--out", default=QUANTIZED_MODEL, help="default: %(default)s")
+    parser.add_argument("--onnx", default=config.ONNX_MODEL, help="the fp32 model (default: %(default)s)")
+    parser.add_argument("--out", default=config.ONNX_INT8_MODEL, help="default: %(default)s")
     parser.add_argument("--dataset", default=config.env("DATASET_FILE", config.DATASET), help="SQuAD v1.1 JSON file")
     parser.add_argument("--vocab_file", default=config.env("VOCAB_FILE", config.VOCAB), help="BERT's vocab.txt")
-    parser.add_argument("--calibration", required=True, help="list of feature indices or of question ids, one a line")
+    parser.add_argument("--calibration", default=config.env("CALIBRATION_FILE", config.CALIBRATION),
+                        help="list of feature indices or of question ids, one a line")
     args = parser.parse_args()
     squad, features = load_features(args.dataset, args.vocab_file)
     rows = read_calibration(args.calibration, squad, features)
@@ -188,7 +167,7 @@ def main():
     names = list(dict.fromkeys(node.input[0] for node, _ in products))
     largest = largest_values(args.onnx, model, names, SquadQSL(features), rows)
     quantize(model, products, largest)
-    rename_inputs(model, dict(zip(*INPUTS)))
+    rename_inputs(model, dict(zip(*config.ONNX_INPUTS)))
     write_model(args.out, model)
     print(f"{args.out}: {len(products)} products in int8, calibrated on {len(rows)} features")
 

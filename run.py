@@ -20,17 +20,20 @@ from config import UserError
 
 SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
 
-# --backend: (file, its backend class). The packages it needs are in requirements/BACKEND.txt.
+# --backend: (file, its backend class, the dtypes it has). The packages it needs are in requirements/BACKEND.txt.
 BACKENDS = {
-    "tf": ("tf_SUT", "TensorFlowBackend"),
-    "pytorch": ("pytorch_SUT", "PyTorchBackend"),
-    "onnxruntime": ("onnxruntime_SUT", "OnnxRuntimeBackend"),
+    "tf": ("tf_SUT", "TensorFlowBackend", ("fp32",)),
+    "pytorch": ("pytorch_SUT", "PyTorchBackend", ("fp32", "bf16", "fp16", "int8")),
+    "onnxruntime": ("onnxruntime_SUT", "OnnxRuntimeBackend", ("fp32", "int8")),
+    "openvino": ("openvino_SUT", "OpenVinoBackend", ("fp32", "bf16", "fp16", "int8")),
 }
 # What the reference has besides: --backend: why it is refused, and what to do.
 REFUSED = {
     "tf_estimator": "TensorFlow has removed Estimator; use --backend=tf",
     "ray": "not built yet; use --backend=pytorch",
 }
+
+BATCH_TOKENS = 4096  # a batch at most; measured on a CPU, where more gains nothing
 
 # The figure that counts: scenario -> (what it is, unit, how many of LoadGen's units make one, LoadGen's names for it in
 # its detail log). MLPerf counts a latency's early-stopping estimate; a run too short to have one gives the percentile.
@@ -49,7 +52,14 @@ def parse_args():
     parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *REFUSED], help="default: %(default)s")
     parser.add_argument("--scenario", default="Offline", choices=SCENARIOS, help="default: %(default)s")
     parser.add_argument("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
-    parser.add_argument("--quantized", action="store_true", help="the int8 model (onnxruntime)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"),
+                        help="what the products are computed in (default: fp32, with --quantized int8)")
+    parser.add_argument("--reference", action="store_true",
+                        help="what the MLPerf reference does: the plain model, one sample at a time, padded to 384")
+    parser.add_argument("--batch_tokens", type=config.count,
+                        help=f"tokens a batch at most (default: {BATCH_TOKENS}; Server: what a third of the target "
+                             "latency allows)")
+    parser.add_argument("--quantized", action="store_true", help="the int8 model, as --dtype=int8")
     parser.add_argument("--profile", action="store_true", help="write onnxruntime's profile")
     parser.add_argument("--user_conf", default="user.conf",
                         help="LoadGen settings of the system (default: %(default)s)")
@@ -60,7 +70,13 @@ def parse_args():
     parser.add_argument("--node", default="", help="with --network: this node's name")
     parser.add_argument("--port", type=config.count, default=8000, help="with --network=sut (default: %(default)s)")
     parser.add_argument("--sut_server", nargs="*", default=["http://localhost:8000"], help="with --network=lon")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quantized and args.dtype not in (None, "int8"):
+        parser.error(f"--quantized is --dtype=int8, not {args.dtype}; give one of them")
+    args.dtype = args.dtype or ("int8" if args.quantized else "fp32")
+    if args.reference and args.dtype != "fp32":
+        parser.error(f"--reference is the fp32 model, not {args.dtype}; leave one of them out")
+    return args
 
 
 def stage(text):
@@ -72,10 +88,13 @@ def load_backend(args):
     """The backend object that `args` asks for, its model loaded. Raises UserError where it cannot be had."""
     if args.backend in REFUSED:
         raise UserError(f"--backend={args.backend}: {REFUSED[args.backend]}")
-    for flag in ("quantized", "profile"):
-        if getattr(args, flag) and args.backend != "onnxruntime":
-            raise UserError(f"--{flag} is for --backend=onnxruntime, not {args.backend}; leave it out")
-    module, name = BACKENDS[args.backend]
+    if args.profile and args.backend != "onnxruntime":
+        raise UserError(f"--profile is for --backend=onnxruntime, not {args.backend}; leave it out")
+    module, name, dtypes = BACKENDS[args.backend]
+    if args.dtype not in dtypes:
+        raise UserError(f"--backend={args.backend} runs in {', '.join(dtypes)}, not {args.dtype}; give another --dtype")
+    if args.reference and args.backend == "pytorch":
+        name = "PyTorchReference"
     try:
         return getattr(importlib.import_module(module), name)(args)
     except ModuleNotFoundError as error:
@@ -120,6 +139,21 @@ def prepare_log_folder(folder):
     except OSError as error:
         raise UserError(f"{folder}: cannot write logs there ({error.strerror}); name another folder with LOG_PATH") \
             from None
+
+
+def batch_tokens(scenario, settings, backend, qsl):
+    """How many tokens a batch of the scenario may have.
+
+    A query of Server may wait for one batch to end before its own runs; a third of the target latency for each leaves
+    room for chance.
+    """
+    if scenario != "Server":
+        return BATCH_TOKENS
+    batch = qsl.longest_batch(1)
+    start = time.perf_counter()
+    backend.predict(batch)
+    tokens_a_second = batch.lengths.sum() / (time.perf_counter() - start)
+    return min(BATCH_TOKENS, max(1, int(tokens_a_second * settings.server_target_latency_ns / 1e9 / 3)))
 
 
 def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
@@ -198,7 +232,7 @@ def main():
     prepare_log_folder(log_folder)
 
     stage("reading features")
-    dataset, vocab_file = config.env("DATASET_FILE", config.DATASET), config.env("VOCAB_FILE", config.VOCAB)
+    dataset, vocab_file = config.dataset_files()
     squad, features = load_features(dataset, vocab_file, max_examples=args.max_examples)
     qsl = SquadQSL(features)
     # LoadGen believes its settings: 10,833 would stand in the logs of a run over fewer samples.
@@ -209,12 +243,13 @@ def main():
         raise UserError(f"{vocab_file}: holds token {highest}, but the model knows {backend.vocab_size} tokens; "
                         "VOCAB_FILE must name the vocabulary the model was trained with")
     stage(f"{backend.name}; warming up")
-    backend.predict(qsl.longest_batch(2))
+    backend.predict(qsl.longest_batch(1))
 
     from squad_SUT import Batching, SquadSUT
 
     outcome = queue.SimpleQueue()
-    batching = Batching(max_tokens=4096, sort=args.scenario == "Offline")
+    max_tokens = 1 if backend.alone else args.batch_tokens or batch_tokens(args.scenario, settings, backend, qsl)
+    batching = Batching(max_tokens, sort=args.scenario == "Offline" and not args.reference)
     sut = SquadSUT(backend, qsl, batching, outcome.put)
     stage(f"running {args.scenario}, {'accuracy' if args.accuracy else 'performance'} mode")
     run_test(sut, qsl, settings, log_settings, args.audit_conf, outcome)

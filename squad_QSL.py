@@ -29,11 +29,6 @@ class Batch:
         extra = ((0, 0), (0, length - self.input_ids.shape[1]))
         return tuple(np.pad(array, extra) for array in (self.input_ids, self.input_mask, self.segment_ids))
 
-    def alone(self):
-        """Its samples, each as a batch of its own without padding: [Batch]."""
-        return [Batch(*(array[row:row + 1, :length] for array in (self.input_ids, self.input_mask, self.segment_ids)),
-                      self.lengths[row:row + 1]) for row, length in enumerate(self.lengths)]
-
 
 class SquadQSL:
     """The features of a data set, as LoadGen's sample library.

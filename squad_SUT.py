@@ -7,6 +7,7 @@ A backend is an object with
     name                what runs, for people: framework, version, device, dtype
     vocab_size          how many tokens the model knows
     workers             how many threads may call predict at once
+    alone               whether it wants one sample a batch: its graph takes no more, or padding costs more than it gains
     predict(batch)      takes a `squad_QSL.Batch` and returns the start and end logits of every token, sample after
                         sample without padding, as float32 (tokens, 2)
 """

@@ -5,7 +5,6 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices of processor and missing GPU
 
-import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
@@ -74,14 +73,15 @@ class TensorFlowBackend:
             settings.device_count["GPU"] = 0
         graph = read_graph(path)
         self.length, one_by_one = fixed_sizes(path, graph)
-        self.alone = one_by_one or not gpu  # on a CPU padding costs more than small products do
+        if args.reference:
+            self.length = MAX_SEQ_LENGTH
+        self.alone = one_by_one or args.reference or not gpu  # on a CPU padding costs more than it gains
         self.call = tf.compat.v1.Session(graph=graph, config=settings).make_callable(LOGITS, feed_list=list(INPUTS))
         self.name = f"TensorFlow {tf.__version__}, {'cuda' if gpu else 'cpu'}, fp32"
 
     def predict(self, batch):
         """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where the graph cannot take it."""
-        parts = batch.alone() if self.alone else [batch]
-        return np.concatenate([part.packed(self.logits(part)) for part in parts])
+        return batch.packed(self.logits(batch))
 
     def logits(self, batch):
         """The logits of a `squad_QSL.Batch` as one call of the graph gives them, float32 (B, L, 2)."""

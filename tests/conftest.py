@@ -75,9 +75,23 @@ def random_batch(*lengths, vocab_size=60):
     return Batch(ids, mask, segments, np.array(lengths, np.int32))
 
 
+def samples(batch):
+    """The samples of a `squad_QSL.Batch`, each as a batch of its own without padding."""
+    from squad_QSL import Batch
+
+    return [Batch(*(array[row:row + 1, :length] for array in (batch.input_ids, batch.input_mask, batch.segment_ids)),
+                  batch.lengths[row:row + 1]) for row, length in enumerate(batch.lengths)]
+
+
+def predict(backend, batch):
+    """The logits of `batch`, in the batches that the backend wants."""
+    assert backend.alone in (True, False)
+    return np.concatenate([backend.predict(part) for part in (samples(batch) if backend.alone else [batch])])
+
+
 def arguments(**changes):
     """The arguments of run.py that a backend looks at."""
-    return SimpleNamespace(**{"quantized": False, "profile": False, "dtype": "fp32", "reference": False, **changes})
+    return SimpleNamespace(**{"scenario": "Offline", "profile": False, "dtype": "fp32", "reference": False, **changes})
 
 
 @contextlib.contextmanager

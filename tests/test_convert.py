@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import arguments, fails, random_batch, random_bert, refused
+from conftest import arguments, fails, predict, random_batch, refused
 
 tf = pytest.importorskip("tensorflow")
 onnx = pytest.importorskip("onnx")
@@ -19,9 +19,9 @@ from tf_SUT import TensorFlowBackend
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(56))]
 
 
-def predict(monkeypatch, backend, path, batch, **changes):
+def logits_of(monkeypatch, backend, path, batch, **changes):
     monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", str(path))
-    return backend(arguments(**changes)).predict(batch)
+    return predict(backend(arguments(**changes)), batch)
 
 
 def save(prefix, tensors):
@@ -75,10 +75,10 @@ def test_the_road_from_pytorch_to_everything_and_back(script, tiny, tmp_path, mo
     assert all(np.array_equal(weights[name], tiny.weights[name]) for name in weights)
 
     batch = random_batch(20, 130)
-    expected = predict(monkeypatch, PyTorchBackend, tiny.folder / "model", batch)
+    expected = logits_of(monkeypatch, PyTorchBackend, tiny.folder / "model", batch)
     for backend, name in ((PyTorchBackend, "model.pytorch"), (OnnxRuntimeBackend, "model.onnx"),
                           (TensorFlowBackend, "model.pb")):
-        assert np.abs(predict(monkeypatch, backend, tmp_path / "new" / name, batch) - expected).max() < 1e-4
+        assert np.abs(logits_of(monkeypatch, backend, tmp_path / "new" / name, batch) - expected).max() < 1e-4
 
 
 def test_the_commands_name_what_they_cannot_read(script, tmp_path):
@@ -178,8 +178,8 @@ def test_int8_runs_in_int8_and_stays_close(calibrate, tiny, tmp_path, monkeypatc
     assert kinds.count("MatMulIntegerToFloat") == 8 and "DequantizeLinear" not in kinds
 
     batch = random_batch(60, 60, 100)
-    expected = predict(monkeypatch, OnnxRuntimeBackend, tiny.folder / name, batch)
-    logits = predict(monkeypatch, OnnxRuntimeBackend, tmp_path / "int8.onnx", batch, quantized=True)
+    expected = logits_of(monkeypatch, OnnxRuntimeBackend, tiny.folder / name, batch)
+    logits = logits_of(monkeypatch, OnnxRuntimeBackend, tmp_path / "int8.onnx", batch, dtype="int8")
     assert 0 < np.abs(logits - expected).max() < 0.2 * np.abs(expected).max()
 
 
