@@ -14,6 +14,7 @@ import pytest
 from conftest import DEMO_ENV, ROOT, fails
 
 from create_squad_data import load_features
+from run import find_peak
 
 # --backend and --dtype of every row that README's table of models has, and of PyTorch's other dtypes.
 BACKENDS = [("pytorch", "fp32"), ("pytorch", "bf16"), ("pytorch", "int8"), ("tf", "fp32"), ("onnxruntime", "fp32"),
@@ -184,6 +185,31 @@ def test_variables_choose_folder_threads_and_device(run, tmp_path):
     assert ", cpu, " in result.stderr
 
 
+@pytest.mark.parametrize("peak", [0.3, 7, 40, 41, 5000])
+def test_the_peak_is_found_to_2_percent_from_any_start(peak):
+    for start in (1, 40):
+        tried = []
+        found = find_peak(lambda rate, tried=tried: tried.append(rate) or rate <= peak, start)
+        assert found <= peak < 1.02 * found and len(tried) < 25
+
+
+def test_without_a_valid_rate_the_peak_is_0():
+    assert find_peak(lambda rate: False, 10) == 0
+
+
+def test_find_peak_tries_rates_until_the_highest_valid_one(script, tmp_path):
+    """A backend of 20 ms a sample: 50 samples/s at most, somewhat fewer within 100 ms."""
+    (tmp_path / "user.conf").write_text(CONF.replace("target_latency = 500", "target_latency = 100")
+                                        .replace("min_query_count = 20", "min_query_count = 300")
+                                        .replace("max_duration = 20000", "max_duration = 0"))
+    (tmp_path / "slow.py").write_text(FAULTY.replace("BODY", "time.sleep(0.02 * len(batch))"))
+    result = script(tmp_path / "slow.py", "--backend=pytorch", "--scenario=Server", "--find_peak", "--batch_tokens=1")
+    assert result.returncode == 0, result.stderr
+    peak = float(re.match("([0-9.]+) samples/s is the highest", result.stdout.splitlines()[-1])[1])
+    assert 50 < peak < 100  # two workers
+    assert (tmp_path / f"build/logs/target_qps-{peak:.6g}/mlperf_log_summary.txt").exists()
+
+
 # A backend whose predict does as the test says, in place of one of run.py's.
 FAULTY = f"""
 import sys, time
@@ -200,7 +226,7 @@ class Faulty:
 
     def predict(self, batch):
         self.calls += 1
-        if self.calls > 3:  # after the warming up
+        if self.calls > 2:  # after the warming up
             BODY
         return np.zeros((batch.lengths.sum(), 2), np.float32)
 
