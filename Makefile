@@ -36,7 +36,7 @@ convert: .venv/.convert ## BERT-Large's TensorFlow checkpoint -> model.pb, model
 	$(PYTHON) quantize_bert.py --calibration $(CALIBRATION)
 
 .PHONY: test
-test: .venv/.test .venv/.pytorch ## check the code and run all tests
+test: .venv/.test ## check the code and run all tests
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q tests
 

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections import deque
@@ -31,6 +32,7 @@ from create_squad_data import load_features, read_vocab
 from run import BACKENDS, BATCH_TOKENS, load_backend
 from squad_QSL import SquadQSL
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDER = os.path.join(config.BUILD_DIR, "benchmark")
 DEFAULT_RUNS = ["pytorch:fp32", "pytorch:bf16", "pytorch:int8"]
 
@@ -57,6 +59,32 @@ def random_model(folder):
                for name, shape in weight_shapes(sizes).items()}, os.path.join(folder, "model.safetensors"))
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(sizes, file, indent=1)
+
+
+def model_for(backend, dtype, folder):
+    """The file or folder that a run of `backend` in `dtype` takes, of the model in `folder` (Hugging Face's form).
+
+    Converted beside it on first use.
+    """
+    def made(name, script, *args):
+        path = os.path.join(FOLDER, os.path.basename(os.path.normpath(folder)) + "-" + name)
+        if not os.path.exists(path):
+            print(f"making {path}", file=sys.stderr, flush=True)
+            if subprocess.run([sys.executable, os.path.join(HERE, script), *args, path.removesuffix(".index")], check=False).returncode:
+                raise UserError(f"{path}: {script} could not make it; `make venv BACKEND=convert` installs what it needs")
+        return path
+
+    if backend == "pytorch":
+        return folder
+    if backend == "tf":
+        index = made("tf/model.ckpt.index", "bert_pytorch_to_tf.py", "--model", folder, "--tf_checkpoint")
+        checkpoint = index.removesuffix(".index")
+        return made("model.pb", "tf_freeze_bert.py", "--tf_checkpoint", checkpoint, "--bert_config",
+                    os.path.join(os.path.dirname(checkpoint), "bert_config.json"), "--out")
+    onnx = made("model.onnx", "bert_pytorch_to_onnx.py", "--model", folder, "--onnx_out")
+    if dtype == "int8":
+        return made("int8.onnx", "quantize_bert.py", "--onnx", onnx, "--out")
+    return onnx
 
 
 def serve(pipe, backend, dtype, model, features):
@@ -105,9 +133,11 @@ def start(target, *args):
 class Run:
     """One BACKEND:DTYPE in its process."""
 
-    def __init__(self, name, model, features):
+    def __init__(self, name, folder, features):
+        """Starts the process with the model in `folder`, and waits until it is loaded."""
         self.name = name
-        self.pipe = start(serve, *name.split(":"), model, features)
+        backend, dtype = name.split(":")
+        self.pipe = start(serve, backend, dtype, model_for(backend, dtype, folder), features)
         self.backend = self.receive()
         self.rates, self.latencies, self.logits, self.memory = [], [], {}, 0
 

@@ -56,6 +56,8 @@ def parse_args():
                         help="what the products are computed in (default: fp32, with --quantized int8)")
     parser.add_argument("--reference", action="store_true",
                         help="what the MLPerf reference does: the plain model, one sample at a time, padded to 384")
+    parser.add_argument("--find_peak", action="store_true",
+                        help="with --scenario=Server: find the highest target_qps with a VALID result")
     parser.add_argument("--batch_tokens", type=config.count,
                         help=f"tokens a batch at most (default: {BATCH_TOKENS}; Server: what a third of the target "
                              "latency allows)")
@@ -74,6 +76,8 @@ def parse_args():
     if args.quantized and args.dtype not in (None, "int8"):
         parser.error(f"--quantized is --dtype=int8, not {args.dtype}; give one of them")
     args.dtype = args.dtype or ("int8" if args.quantized else "fp32")
+    if args.find_peak and (args.scenario != "Server" or args.accuracy):
+        parser.error("--find_peak goes with --scenario=Server in performance mode")
     if args.reference and args.dtype != "fp32":
         parser.error(f"--reference is the fp32 model, not {args.dtype}; leave one of them out")
     return args
@@ -169,7 +173,6 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
             handles = lg.ConstructSUT(sut.issue_queries, sut.flush_queries), \
                 lg.ConstructQSL(len(qsl), len(qsl), lambda indices: None, lambda indices: None)
             lg.StartTestWithLogSettings(*handles, settings, log_settings, audit_conf)
-            sut.stop()
             lg.DestroyQSL(handles[1])
             lg.DestroySUT(handles[0])
             outcome.put(None)
@@ -220,6 +223,24 @@ def verdict(scenario, log):
     return f"{log['result_validity']}: {scenario} {what} {figure / scale:.6g} {unit}"
 
 
+def find_peak(valid, start):
+    """The highest rate, to 2 %, for which `valid(rate)` is true, or 0; looked for from `start` on.
+
+    Doubles or halves to a rate on either side, then bisects.
+    """
+    low, high = 0.0, None
+    rate = start
+    while high is None or high > 1.02 * low:
+        if valid(rate):
+            low = rate
+        else:
+            high = rate
+        if rate < start / 1000:
+            return 0.0
+        rate = 2 * low if high is None else (low + high) / 2
+    return low
+
+
 def main():
     args = parse_args()
     if args.network:
@@ -251,11 +272,29 @@ def main():
     max_tokens = 1 if backend.alone else args.batch_tokens or batch_tokens(args.scenario, settings, backend, qsl)
     batching = Batching(max_tokens, sort=args.scenario == "Offline" and not args.reference)
     sut = SquadSUT(backend, qsl, batching, outcome.put)
-    stage(f"running {args.scenario}, {'accuracy' if args.accuracy else 'performance'} mode")
-    run_test(sut, qsl, settings, log_settings, args.audit_conf, outcome)
+    def test():
+        run_test(sut, qsl, settings, log_settings, args.audit_conf, outcome)
+        return None if args.accuracy else read_detail_log(log_settings.log_output.outdir)
 
-    if not args.accuracy:
-        print(verdict(args.scenario, read_detail_log(log_folder)))
+    def valid(qps):
+        settings.server_target_qps = qps
+        log_settings.log_output.outdir = os.path.join(log_folder, f"target_qps-{qps:.6g}")
+        prepare_log_folder(log_settings.log_output.outdir)
+        stage(f"trying target_qps {qps:.6g}")
+        result = test()
+        stage(f"target_qps {qps:.6g}: {result['result_validity']} {result.get('result_invalid_reason', '')}")
+        return result["result_validity"] == "VALID"
+
+    if args.find_peak:
+        peak = find_peak(valid, settings.server_target_qps)
+        sut.stop()
+        print(f"{peak:.6g} samples/s is the highest target_qps found VALID; its logs are in {log_folder}")
+        return
+    stage(f"running {args.scenario}, {'accuracy' if args.accuracy else 'performance'} mode")
+    log = test()
+    sut.stop()
+    if log:
+        print(verdict(args.scenario, log))
     elif not os.environ.get("SKIP_VERIFY_ACCURACY"):
         from squad_eval import read_log, save_answers, score_log
 

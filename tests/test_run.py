@@ -14,8 +14,11 @@ import pytest
 from conftest import DEMO_ENV, ROOT, fails
 
 from create_squad_data import load_features
+from run import find_peak
 
-BACKENDS = ["pytorch"]
+# --backend and --dtype of every row that README's table of models has, and of PyTorch's other dtypes.
+BACKENDS = [("pytorch", "fp32"), ("pytorch", "bf16"), ("pytorch", "int8"), ("tf", "fp32"), ("onnxruntime", "fp32"),
+            ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "int8")]
 SCENARIOS = ["Offline", "SingleStream", "MultiStream", "Server"]
 CONF = """
 *.*.min_duration = 300
@@ -49,26 +52,42 @@ def demo_features(tmp_path_factory):
     return load_features(DEMO_ENV["DATASET_FILE"], DEMO_ENV["VOCAB_FILE"], str(cache))[1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_accuracy_run_gives_every_scenario_the_same_score(run, tmp_path, backend, demo_features):
-    """And a response is one float32 (start, end) pair a real token."""
-    figures = set()
+@pytest.fixture
+def model_of(demo_models):
+    """The demo's model for a backend and dtype."""
+    def path(backend, dtype):
+        if backend == "openvino":
+            backend = "onnxruntime"
+        return demo_models["int8" if (backend, dtype) == ("onnxruntime", "int8") else backend]
+    return path
+
+
+@pytest.mark.parametrize("backend, dtype", BACKENDS)
+def test_a_samples_response_is_the_same_bytes_in_every_scenario(run, tmp_path, model_of, backend, dtype, demo_features):
+    """Whatever batch and order they bring. It is one float32 (start, end) pair a real token, and the score is right."""
+    figures, logs = set(), []
     for scenario in SCENARIOS:
-        result = run(f"--backend={backend}", f"--scenario={scenario}", "--accuracy", LOG_PATH=scenario)
+        result = run(f"--backend={backend}", f"--dtype={dtype}", f"--scenario={scenario}", "--accuracy",
+                     LOG_PATH=scenario, ML_MODEL_FILE_WITH_PATH=model_of(backend, dtype))
         assert result.returncode == 0, result.stderr
         figures.add(result.stdout.splitlines()[-1])
-        logged = responses(tmp_path / scenario)
-        assert {row: len(response) for row, response in logged.items()} == dict(enumerate(demo_features.lengths))
+        logs.append({row: response.tobytes() for row, response in responses(tmp_path / scenario).items()})
+    assert {row: len(response) for row, response in logs[0].items()} == \
+        {row: 8 * length for row, length in enumerate(demo_features.lengths)}
+    for scenario, log in zip(SCENARIOS[1:], logs[1:]):
+        assert [row for row in logs[0] if log[row] != logs[0][row]] == [], scenario
     assert len(figures) == 1
-    assert json.loads(figures.pop())["f1"] >= 90
+    assert json.loads(figures.pop())["f1"] >= (88 if dtype == "int8" else 90)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, dtype", BACKENDS)
 @pytest.mark.parametrize("scenario, figure", [
     ("Offline", "throughput {} samples/s"), ("Server", "throughput {} samples/s"),
     ("SingleStream", "90th percentile latency {} ms"), ("MultiStream", "99th percentile latency {} ms")])
-def test_a_performance_run_ends_with_the_verdict_and_the_figure(run, tmp_path, backend, scenario, figure):
-    result = run(f"--backend={backend}", f"--scenario={scenario}", LOG_PATH="logs")
+def test_a_performance_run_ends_with_the_verdict_and_the_figure(run, tmp_path, model_of, backend, dtype, scenario,
+                                                                figure):
+    result = run(f"--backend={backend}", f"--dtype={dtype}", f"--scenario={scenario}", LOG_PATH="logs",
+                 ML_MODEL_FILE_WITH_PATH=model_of(backend, dtype))
     assert result.returncode == 0, result.stderr
     assert f"Scenario : {scenario}" in result.stdout  # LoadGen's own summary
     last = result.stdout.splitlines()[-1]
@@ -166,6 +185,32 @@ def test_variables_choose_folder_threads_and_device(run, tmp_path):
     assert ", cpu, " in result.stderr
 
 
+@pytest.mark.parametrize("peak", [0.3, 7, 40, 41, 5000])
+def test_the_peak_is_found_to_2_percent_from_any_start(peak):
+    for start in (1, 40):
+        tried = []
+        found = find_peak(lambda rate, tried=tried: tried.append(rate) or rate <= peak, start)
+        assert found <= peak < 1.02 * found and len(tried) < 25
+
+
+def test_without_a_valid_rate_the_peak_is_0():
+    assert find_peak(lambda rate: False, 10) == 0
+
+
+def test_find_peak_tries_rates_until_the_highest_valid_one(script, tmp_path):
+    """Two workers of 2 ms a sample: below 1,000 samples/s."""
+    (tmp_path / "user.conf").write_text(CONF.replace("target_latency = 500", "target_latency = 100")
+                                        .replace("min_query_count = 20", "min_query_count = 700")
+                                        .replace("target_qps = 40", "target_qps = 400")
+                                        .replace("max_duration = 20000", "max_duration = 0"))
+    (tmp_path / "slow.py").write_text(FAULTY.replace("BODY", "time.sleep(0.002 * len(batch))"))
+    result = script(tmp_path / "slow.py", "--backend=pytorch", "--scenario=Server", "--find_peak", "--batch_tokens=1")
+    assert result.returncode == 0, result.stderr
+    peak = float(re.match("([0-9.]+) samples/s is the highest", result.stdout.splitlines()[-1])[1])
+    assert 20 < peak < 1000
+    assert (tmp_path / f"build/logs/target_qps-{peak:.6g}/mlperf_log_summary.txt").exists()
+
+
 # A backend whose predict does as the test says, in place of one of run.py's.
 FAULTY = f"""
 import sys, time
@@ -182,7 +227,7 @@ class Faulty:
 
     def predict(self, batch):
         self.calls += 1
-        if self.calls > 3:  # after the warming up
+        if self.calls > 2:  # after the warming up
             BODY
         return np.zeros((batch.lengths.sum(), 2), np.float32)
 
