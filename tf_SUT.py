@@ -7,6 +7,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no noti
 
 import tensorflow as tf
 from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 
 import config
 from config import UserError
@@ -55,6 +56,11 @@ def fixed_sizes(path, graph):
     return sizes[1], sizes[0] == 1
 
 
+# TensorFlow's passes over the graph that find nothing to gain in BERT, each of which copies the weights.
+PASSES = ("arithmetic_optimization", "common_subgraph_elimination", "dependency_optimization", "function_optimization",
+          "layout_optimizer", "loop_optimization", "shape_optimization")
+
+
 class TensorFlowBackend:
     """BERT in TensorFlow, on a GPU where there is one that USE_GPU allows, else on the CPU."""
 
@@ -68,6 +74,10 @@ class TensorFlowBackend:
         settings = tf.compat.v1.ConfigProto(
             intra_op_parallelism_threads=config.env_count("TF_INTRA_OP_PARALLELISM_THREADS") or threads or 0,
             inter_op_parallelism_threads=config.env_count("TF_INTER_OP_PARALLELISM_THREADS") or 1)
+        for name in PASSES:
+            setattr(settings.graph_options.rewrite_options, name, RewriterConfig.OFF)
+        settings.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT
+        settings.graph_options.rewrite_options.meta_optimizer_iterations = RewriterConfig.ONE
         gpu = config.use_gpu() and bool(tf.config.list_physical_devices("GPU"))
         if not gpu:
             settings.device_count["GPU"] = 0
