@@ -83,5 +83,8 @@ def script(main):
         sys.exit(main())
     except UserError as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: the package {error.name} is not installed; "
+                 "`make venv` makes .venv, start this with .venv/bin/python")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as a shell reports it

@@ -163,6 +163,24 @@ def test_what_cannot_be_used_is_named(run, args, variables, words):
     fails(run("--backend=pytorch", *args, **variables), *words)
 
 
+@pytest.mark.parametrize("package, backend, words", [
+    ("torch", "pytorch", "make venv BACKEND=pytorch"), ("onnxruntime", "onnxruntime", "make venv BACKEND=onnxruntime"),
+    ("tensorflow", "tf", "make venv BACKEND=tf"), ("openvino", "openvino", "make venv BACKEND=openvino"),
+    ("mlperf_loadgen", "pytorch", "make venv")])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(run, tmp_path, package, backend, words):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no {package}', name='{package}')")
+    fails(run(f"--backend={backend}", PYTHONPATH=tmp_path), package, words)
+
+
+@pytest.mark.parametrize("args, words", [
+    (("--backend=tf_estimator",), "--backend=tf"), (("--backend=tf", "--quantized"), "fp32"),
+    (("--backend=pytorch", "--profile"), "--profile"), (("--backend=pytorch", "--quantized", "--dtype=fp32"), "--dtype"),
+    (("--backend=pytorch", "--reference", "--dtype=int8"), "--reference"),
+    (("--backend=pytorch", "--find_peak"), "--scenario=Server")])
+def test_flags_that_do_not_go_together_are_named(run, args, words):
+    fails(run(*args), words)
+
+
 def test_an_unreadable_user_conf_is_named(run, tmp_path):
     (tmp_path / "bad.conf").write_text("*.Offline.target_qps = many\n")
     fails(run("--backend=pytorch", "--user_conf=bad.conf"), "bad.conf")
