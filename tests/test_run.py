@@ -281,7 +281,9 @@ def test_a_signal_ends_a_run_within_a_second(tmp_path, scenario, sent, status):
     (tmp_path / "slow.py").write_text(FAULTY.replace("BODY", "time.sleep(0.2)"))
     process = subprocess.Popen([sys.executable, tmp_path / "slow.py", "--backend=pytorch", f"--scenario={scenario}"],
                                cwd=tmp_path, env={**os.environ, **DEMO_ENV}, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, text=True)
+                               stdout=subprocess.DEVNULL, text=True,
+                               # what a terminal gives; CI may have started with SIGINT ignored, which is inherited
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while "running" not in process.stderr.readline():
         pass
     time.sleep(0.5)
