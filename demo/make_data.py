@@ -2,7 +2,7 @@
 
     python3 demo/make_data.py                      # demo/dev.json, the shipped part, and build/demo/train.json
 
-Every passage is made from the templates below. A passage tells facts about one to four subjects (one in twenty: about
+Every passage is made from the templates below. A passage tells facts about one to four subjects (one in thirty: about
 many, longer than BERT's window), so that neither the kind of an answer nor its place gives it away. The two parts share
 templates but no passage, and the names in demo/dev.json are built from syllables and first names that the train part
 never uses: a model cannot know the answers by heart. The same seed gives the same files.
@@ -18,7 +18,7 @@ SEED = 1
 DEV_PASSAGES = 85
 TRAIN_PASSAGES = 38_000
 QUESTIONS_PER_PASSAGE = (3, 5)
-LONG = {"train": 100, "dev": 20}  # one in so many passages is longer than a window
+LONG = 0.03  # share of passages longer than one window
 FILLER = 0.15  # chance of a sentence without a fact behind a sentence with one
 
 
@@ -75,7 +75,7 @@ def surname(rng, part):
 
 def person(rng, part):
     last = surname(rng, part)
-    if rng.random() < 0.05:
+    if rng.random() < 0.08:
         last += "-" + surname(rng, part)
     first = rng.choice(FIRST_NAMES_OF[part])
     if rng.random() < 0.4:
@@ -89,7 +89,7 @@ def town(rng, part):
     name = stem(rng, part) + rng.choice(TOWN_ENDINGS)
     roll = rng.random()
     return [f"{rng.choice(('Port', 'Saint', 'New', 'Upper'))} {name}" if roll < 0.08 else
-            f"{name}-on-{rng.choice(('Sea', 'Hill', 'Lake', 'Moor'))}" if roll < 0.12 else name]
+            f"{name}-on-{stem(rng, part)}" if roll < 0.12 else name]
 
 
 def river(rng, part):
@@ -617,7 +617,7 @@ def subject(rng, part, domain, facts, used, pronoun):
             spellings = name if slot == "name" else values[slot]
             question, _ = fill(rng.choice(phrasings), {**spoken, "name": rng.choice(values["name"])})
             spans = [(offsets[slot] + spellings[0].index(spelling), len(spelling))
-                     for spelling in spellings[1 if shorter or spellings[0][0] == '"' else 0:]]
+                     for spelling in spellings[1 if shorter else 0:]]
             questions.append((question, spans))
         told.append((sentence, questions))
     return told
@@ -663,10 +663,12 @@ def paragraph(rng, part, size, prefix):
 
 def size_of(rng, progress):
     """(subjects, facts) for a passage. The train part begins with easy ones; `progress` runs from 0 to 1."""
-    if progress < 0.27:
+    if progress < 0.37:
         return rng.choice(((1, (1, 2)), (2, (0, 1)), (2, (0, 1))))
-    if progress < 0.58:
+    if progress < 0.71:
         return rng.choice(((1, (1, 4)), (2, (1, 2)), (3, (0, 1))))
+    if rng.random() < LONG:
+        return rng.randint(7, 12), (3, 6)
     return rng.choice(((1, (1, 3)), (1, (4, 7)), (2, (2, 4)), (3, (1, 3)), (4, (1, 2))))
 
 
@@ -675,10 +677,7 @@ def make(part, passages, seed):
     rng = random.Random(f"{part} {seed}")
     data = []
     for number in range(passages):
-        progress = number / passages if part == "train" else 1
-        size = size_of(rng, progress)
-        if progress > 0.6 and number % LONG[part] == LONG[part] // 2:
-            size = rng.randint(7, 12), (3, 6)
+        size = size_of(rng, number / passages if part == "train" else 1)
         paragraphs = [paragraph(rng, part, size, f"{part}-{number + 1:05d}")]
         data.append({"title": f"Passage {number + 1}", "paragraphs": paragraphs})
     return {"version": "1.1", "data": data}
