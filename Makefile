@@ -9,6 +9,8 @@ DEMO_MODEL_onnxruntime = build/demo/model.onnx
 DEMO_MODEL = $(or $(DEMO_MODEL_$(BACKEND)),demo/model)
 DEMO = ML_MODEL_FILE_WITH_PATH=$(DEMO_MODEL) VOCAB_FILE=demo/model/vocab.txt DATASET_FILE=demo/dev.json \
 	LOG_PATH=build/demo/logs $(PYTHON) run.py --backend=$(BACKEND) --scenario=$(SCENARIO)
+DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+IMAGE = mlperf-bert:$(if $(filter cpu gpu,$(DEVICE)),$(DEVICE),$(error DEVICE=$(DEVICE): give gpu or cpu))
 
 # What a target needs installed, requirements/$(1).txt in .venv; with another PYTHON, as in the Docker image, nothing.
 packages = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.$(1))
@@ -66,6 +68,15 @@ run_onnxruntime_quantized_accuracy:
 
 run_%_accuracy: ## the accuracy run of a backend, scored
 	$(PYTHON) run.py --backend=$* --scenario=$(SCENARIO) --accuracy
+
+.PHONY: build_docker
+build_docker: ## build the image; DEVICE=gpu or cpu (default: gpu where nvidia-smi answers), DOCKER_BUILD_ARGS
+	docker build --build-arg DEVICE=$(DEVICE) $(DOCKER_BUILD_ARGS) --tag $(IMAGE) .
+
+.PHONY: launch_docker
+launch_docker: ## a shell in the image, this folder at /workspace; DEVICE as above, DOCKER_ARGS
+	docker run --interactive --tty --rm --volume "$(CURDIR):/workspace" --user "$$(id -u):$$(id -g)" --shm-size=8g \
+		--ulimit memlock=-1 --ulimit stack=67108864 $(if $(filter gpu,$(DEVICE)),--gpus=all) $(DOCKER_ARGS) $(IMAGE)
 
 .PHONY: clean
 clean: ## remove what runs and tests wrote; keeps build/data and .venv
