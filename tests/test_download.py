@@ -259,3 +259,10 @@ def test_make_setup_takes_the_backend_only_where_one_is_named():
                               text=True, check=True).stdout.strip()
     assert command() == "python3 download.py"
     assert command(BACKEND="tf") == "python3 download.py --backend=tf"
+
+
+def test_the_readme_names_the_published_models_as_the_manifest_does():
+    text = (ROOT / "README.md").read_text()
+    for file in download.FILES:
+        if file.backends != EVERY and not file.path.endswith((".index", ".meta")):
+            assert file.md5 in text and file.address.partition("/files/")[0] in text, file
