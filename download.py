@@ -173,11 +173,12 @@ def fetch(session, file, source, total):
     if (found := md5(part)) != file.md5:
         os.remove(part)
         if resumed:  # it was a part of something else, perhaps
-            return fetch(session, file, source, total)
+            fetch(session, file, source, total)
+            return
         raise UserError(f"{source}: not the published file (md5 {found}, not {file.md5}); try later, or {MIRROR}")
     if os.path.exists(file.path):
         os.replace(file.path, f"{file.path}.old")
-    return os.replace(part, file.path)
+    os.replace(part, file.path)
 
 
 @contextlib.contextmanager
