@@ -118,9 +118,9 @@ def write_model(path, model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=f"{config.MODEL_DIR}/model.pytorch",
+    parser.add_argument("--model", default=config.PYTORCH_MODEL,
                         help="Hugging Face folder, or state dict with bert_config.json beside it (default: %(default)s)")
-    parser.add_argument("--onnx_out", default=f"{config.MODEL_DIR}/model.onnx", help="default: %(default)s")
+    parser.add_argument("--onnx_out", default=config.ONNX_MODEL, help="default: %(default)s")
     parser.add_argument("--published", action="store_true", help=f"inputs of the fixed length {MAX_SEQ_LENGTH}")
     args = parser.parse_args()
     from pytorch_SUT import read_weights

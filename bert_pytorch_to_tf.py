@@ -17,7 +17,7 @@ from tf_checkpoint import write_checkpoint
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=f"{config.MODEL_DIR}/model.pytorch",
+    parser.add_argument("--model", default=config.PYTORCH_MODEL,
                         help="Hugging Face folder, or state dict with bert_config.json beside it (default: %(default)s)")
     parser.add_argument("--tf_checkpoint", required=True, help="written: the checkpoint's path without .index")
     args = parser.parse_args()

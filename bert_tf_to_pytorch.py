@@ -28,7 +28,7 @@ from create_squad_data import MAX_SEQ_LENGTH
 from pytorch_SUT import read_config
 from run import BACKENDS
 from squad_QSL import Batch
-from tf_checkpoint import DEFAULT, read_checkpoint
+from tf_checkpoint import read_checkpoint
 
 TOLERANCE = 1e-4
 LENGTHS = (MAX_SEQ_LENGTH, 178, 30)  # of the features that are compared
@@ -86,10 +86,10 @@ def tensorflow_answers(checkpoint, sizes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tf_checkpoint", default=DEFAULT, help="path without .index (default: %(default)s)")
+    parser.add_argument("--tf_checkpoint", default=config.TF_CHECKPOINT, help="path without .index (default: %(default)s)")
     parser.add_argument("--bert_config", default=config.BERT_CONFIG, help="default: BERT-Large's")
-    parser.add_argument("--pytorch_out", default=f"{config.MODEL_DIR}/model.pytorch", help="default: %(default)s")
-    parser.add_argument("--onnx_out", default=f"{config.MODEL_DIR}/model.onnx", help="default: %(default)s")
+    parser.add_argument("--pytorch_out", default=config.PYTORCH_MODEL, help="default: %(default)s")
+    parser.add_argument("--onnx_out", default=config.ONNX_MODEL, help="default: %(default)s")
     args = parser.parse_args()
     sizes = read_config(args.bert_config)
     weights, skipped = read_checkpoint(args.tf_checkpoint, sizes)

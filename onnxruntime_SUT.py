@@ -34,6 +34,8 @@ def open_session(path, options=None, name=None):
     options = options or onnxruntime.SessionOptions()
     options.intra_op_num_threads = config.env_count("MLC_MAX_NUM_THREADS") or 0  # 0: one for each core
     options.log_severity_level = 3
+    if use != [CPU]:
+        onnxruntime.preload_dlls()  # CUDA's, where they come from pip, as in the Docker image
     try:
         return onnxruntime.InferenceSession(path, options, use, disabled_optimizers=SLOW if use == [CPU] else None)
     except Exception as error:  # noqa: BLE001 - ONNX Runtime has an exception for each kind of damage

@@ -215,7 +215,7 @@ class PyTorchBackend:
         threads = config.env_count("MLC_MAX_NUM_THREADS")
         if threads:
             torch.set_num_threads(threads)
-        self.model = config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pytorch")
+        self.model = config.env("ML_MODEL_FILE_WITH_PATH", config.PYTORCH_MODEL)
         self.sizes, weights = read_weights(self.model)
         self.vocab_size = self.sizes["vocab_size"]
 
@@ -277,7 +277,7 @@ class PyTorchReference:
             raise UserError("--reference needs the package transformers; "
                             "`make venv BACKEND=reference` installs it") from None
         self.device = torch.device("cuda" if config.use_gpu() and torch.cuda.is_available() else "cpu")
-        sizes, weights = read_weights(config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pytorch"))
+        sizes, weights = read_weights(config.env("ML_MODEL_FILE_WITH_PATH", config.PYTORCH_MODEL))
         self.vocab_size = sizes["vocab_size"]
         model = BertForQuestionAnswering(BertConfig(**sizes))
         model.load_state_dict(weights, assign=True)

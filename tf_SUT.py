@@ -69,7 +69,7 @@ class TensorFlowBackend:
 
     def __init__(self, args):
         """`args` are run.py's. Raises UserError where the model cannot be used."""
-        self.path = path = config.env("ML_MODEL_FILE_WITH_PATH", f"{config.MODEL_DIR}/model.pb")
+        self.path = path = config.env("ML_MODEL_FILE_WITH_PATH", config.TF_MODEL)
         threads = config.env_count("MLC_MAX_NUM_THREADS")
         settings = tf.compat.v1.ConfigProto(
             intra_op_parallelism_threads=config.env_count("TF_INTRA_OP_PARALLELISM_THREADS") or threads or 0,

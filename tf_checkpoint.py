@@ -8,11 +8,8 @@ import re
 
 import numpy as np
 
-import config
 from config import UserError
 from pytorch_SUT import weight_shapes
-
-DEFAULT = f"{config.MODEL_DIR}/model.ckpt-5474"
 
 # A Hugging Face name becomes Google's by these replacements, in this order.
 RENAMED = (

@@ -15,7 +15,7 @@ import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from pytorch_SUT import read_config
-from tf_checkpoint import DEFAULT, read_checkpoint, tensorflow
+from tf_checkpoint import read_checkpoint, tensorflow
 
 
 def build_graph(sizes, weights, shape=(None, None)):
@@ -73,9 +73,9 @@ def write_graph(path, graph):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tf_checkpoint", default=DEFAULT, help="path without .index (default: %(default)s)")
+    parser.add_argument("--tf_checkpoint", default=config.TF_CHECKPOINT, help="path without .index (default: %(default)s)")
     parser.add_argument("--bert_config", default=config.BERT_CONFIG, help="default: BERT-Large's")
-    parser.add_argument("--out", default=f"{config.MODEL_DIR}/model.pb", help="default: %(default)s")
+    parser.add_argument("--out", default=config.TF_MODEL, help="default: %(default)s")
     parser.add_argument("--published", action="store_true", help="inputs of the fixed shape (1, 384)")
     args = parser.parse_args()
     sizes = read_config(args.bert_config)
