@@ -60,6 +60,12 @@ run_onnxruntime_quantized_accuracy:
 run_%_accuracy: ## the accuracy run of a backend, scored
 	$(PYTHON) run.py --backend=$* --scenario=$(SCENARIO) --accuracy
 
+PLAN ?= submission.toml
+
+.PHONY: submission
+submission: ## run what the plan PLAN=submission.toml lacks, then write build/submission
+	$(PYTHON) submission.py $(PLAN)
+
 .PHONY: clean
 clean: ## remove what runs and tests wrote; keeps build/data and .venv
 	rm -rf build/cache build/demo build/logs build/logs-* build/result
