@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def submission(folder, *args, **changes):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder in which submission.py has made a set of the demo's model in the open division; .result is how it ended."""
+    """(A folder in which submission.py has made a set of the demo's model in the open division, how that ended)."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "user.conf").write_text(CONF)
     result = submission(folder)
@@ -177,6 +178,7 @@ def test_an_interrupted_set_ends_its_run_and_throws_it_away_later(again):
                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     while "running Offline, performance" not in process.stderr.readline():
         assert process.poll() is None
+    time.sleep(0.5)  # run.py listens to signals a moment after it says so
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 143
@@ -335,7 +337,7 @@ def valid(made, tmp_path_factory):
 
 @pytest.fixture
 def tree(valid, tmp_path):
-    """A copy of the valid tree; `.here` is its SingleStream results, `.offline` its Offline results."""
+    """A copy of the valid tree."""
     shutil.copytree(valid, tmp_path / "tree")
     return tmp_path / "tree"
 
