@@ -78,6 +78,12 @@ launch_docker: ## a shell in the image, this folder at /workspace; DEVICE as abo
 	docker run --interactive --tty --rm --volume "$(CURDIR):/workspace" --user "$$(id -u):$$(id -g)" --shm-size=8g \
 		--ulimit memlock=-1 --ulimit stack=67108864 $(if $(filter gpu,$(DEVICE)),--gpus=all) $(DOCKER_ARGS) $(IMAGE)
 
+PLAN ?= submission.toml
+
+.PHONY: submission
+submission: ## run what the plan PLAN=submission.toml lacks, then write build/submission
+	$(PYTHON) submission.py $(PLAN)
+
 .PHONY: clean
 clean: ## remove what runs and tests wrote; keeps build/data and .venv
 	rm -rf build/cache build/demo build/logs build/logs-* build/result
