@@ -98,7 +98,7 @@ class OnnxRuntimeBackend:
         provider = self.session.get_providers()[0]
         if args.reference:
             self.length = MAX_SEQ_LENGTH
-        self.alone = one_by_one or args.reference or provider == CPU  # there padding costs more than it gains
+        self.together = "one" if one_by_one or args.reference else "equal" if provider == CPU else "any"
         self.name = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {args.dtype}"
         if args.profile:
             atexit.register(self.end_profile)

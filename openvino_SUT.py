@@ -17,7 +17,7 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}  # in
 class OpenVinoBackend:
     """BERT in OpenVINO, on its GPU device where there is one that USE_GPU allows, else on the CPU."""
 
-    alone = True
+    together = "one"
     vocab_size = sys.maxsize  # the file does not say
 
     def __init__(self, args):

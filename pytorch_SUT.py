@@ -207,7 +207,7 @@ def cpu_runs(dtype):
 class PyTorchBackend:
     """BERT in PyTorch, on CUDA where there is one that USE_GPU allows, else on the CPU."""
 
-    workers, alone = 1, False
+    workers, together = 1, "any"
 
     def __init__(self, args):
         """`args` are run.py's. Raises UserError where the model cannot be used."""
@@ -267,7 +267,7 @@ class PyTorchBackend:
 class PyTorchReference:
     """What the MLPerf reference computes: Hugging Face's plain model in fp32, one sample at a time, padded to 384."""
 
-    workers, alone = 1, True
+    workers, together = 1, "one"
 
     def __init__(self, args):
         """`args` are run.py's. Raises UserError where the model cannot be used."""

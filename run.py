@@ -269,8 +269,8 @@ def main():
     from squad_SUT import Batching, SquadSUT
 
     outcome = queue.SimpleQueue()
-    max_tokens = 1 if backend.alone else args.batch_tokens or batch_tokens(args.scenario, settings, backend, qsl)
-    batching = Batching(max_tokens, sort=args.scenario == "Offline" and not args.reference)
+    max_tokens = args.batch_tokens or batch_tokens(args.scenario, settings, backend, qsl)
+    batching = Batching(backend.together, max_tokens, sort=args.scenario == "Offline" and not args.reference)
     sut = SquadSUT(backend, qsl, batching, outcome.put)
     def test():
         run_test(sut, qsl, settings, log_settings, args.audit_conf, outcome)

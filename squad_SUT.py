@@ -7,7 +7,8 @@ A backend is an object with
     name                what runs, for people: framework, version, device, dtype
     vocab_size          how many tokens the model knows
     workers             how many threads may call predict at once
-    alone               whether it wants one sample a batch: its graph takes no more, or padding costs more than it gains
+    together            which samples it wants in one batch: "any"; "equal", those of one length, where padding costs
+                        more than it gains; "one", where its graph takes no more
     predict(batch)      takes a `squad_QSL.Batch` and returns the start and end logits of every token, sample after
                         sample without padding, as float32 (tokens, 2)
 """
@@ -78,9 +79,12 @@ class SquadSUT:
 class Batching:
     """How waiting samples become batches."""
 
-    def __init__(self, max_tokens, sort):
-        """At most `max_tokens` tokens a batch (but one sample at least); `sort`: longest first, not in turn."""
-        self.max_tokens, self.sort = max_tokens, sort
+    def __init__(self, together, max_tokens, sort):
+        """The samples that a backend wants `together`, and at most `max_tokens` tokens (but one sample at least) a batch.
+
+        `sort`: longest first, not in turn.
+        """
+        self.together, self.max_tokens, self.sort = together, max_tokens, sort
 
     def take(self, waiting, lengths):
         """Remove the next batch from the deque `waiting` of (sample index, query id) and return it as a list.
@@ -88,9 +92,12 @@ class Batching:
         `lengths` are the tokens of each sample of the library.
         """
         samples = [waiting.popleft()]
-        tokens = lengths[samples[0][0]]
-        while waiting and tokens + lengths[waiting[0][0]] <= self.max_tokens:
-            tokens += lengths[waiting[0][0]]
+        first = tokens = lengths[samples[0][0]]
+        while waiting and self.together != "one":
+            length = lengths[waiting[0][0]]
+            if tokens + length > self.max_tokens or (self.together == "equal" and length != first):
+                break
+            tokens += length
             samples.append(waiting.popleft())
         return samples
 

@@ -85,7 +85,8 @@ class TensorFlowBackend:
         self.length, one_by_one = fixed_sizes(path, graph)
         if args.reference:
             self.length = MAX_SEQ_LENGTH
-        self.alone = one_by_one or args.reference or not gpu  # on a CPU padding costs more than it gains
+        # On a CPU padding costs more than it gains, and what a product adds first depends on its number of rows.
+        self.together = "one" if one_by_one or args.reference or not gpu else "any"
         self.call = tf.compat.v1.Session(graph=graph, config=settings).make_callable(LOGITS, feed_list=list(INPUTS))
         self.name = f"TensorFlow {tf.__version__}, {'cuda' if gpu else 'cpu'}, fp32"
 

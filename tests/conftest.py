@@ -84,9 +84,9 @@ def samples(batch):
 
 
 def predict(backend, batch):
-    """The logits of `batch`, in the batches that the backend wants."""
-    assert backend.alone in (True, False)
-    return np.concatenate([backend.predict(part) for part in (samples(batch) if backend.alone else [batch])])
+    """The logits of `batch`, in batches that the backend takes."""
+    assert backend.together in ("any", "equal", "one")
+    return np.concatenate([backend.predict(part) for part in ([batch] if backend.together == "any" else samples(batch))])
 
 
 def arguments(**changes):

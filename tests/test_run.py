@@ -237,7 +237,7 @@ import numpy as np
 import config, run
 
 class Faulty:
-    name, workers, alone, vocab_size = "faulty", 2, False, 10**6
+    name, workers, together, vocab_size = "faulty", 2, "any", 10**6
     calls = 0
 
     def __init__(self, args):

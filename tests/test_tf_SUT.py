@@ -34,7 +34,7 @@ def test_both_forms_of_graph_give_pytorchs_logits(load, tiny, name):
 def test_a_samples_logits_are_the_same_bytes_in_every_order(load, tiny, name):
     backend = load(tiny.folder / name)
     batch = random_batch(90, 384, 5, 90, 1)
-    assert backend.alone  # on a CPU, so that no other sample can matter; what ran before must not either
+    assert backend.together == "one"  # on a CPU, so that no other sample can matter; what ran before must not either
     alone = samples(batch)
     forwards = [backend.predict(sample).tobytes() for sample in alone]
     assert [backend.predict(sample).tobytes() for sample in reversed(alone)] == forwards[::-1]
