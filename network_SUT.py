@@ -21,9 +21,10 @@ import os
 import sys
 import traceback
 import uuid
-from collections import namedtuple
+from collections import deque, namedtuple
 
 import numpy as np
+import uvloop
 from aiohttp import web
 
 import network_format
@@ -39,33 +40,36 @@ Sample = namedtuple("Sample", ("index", "id"))  # what LoadGen's QuerySample is 
 
 
 class Arrivals:
-    """The samples that have come in and are in no batch yet, as a sample library in the manner of `SquadQSL`."""
+    """What has come in and is in no batch yet, as a sample library in the manner of `SquadQSL`.
+
+    One index stands for a run of a request's samples that stay together, which spares the work for each sample.
+    """
 
     def __init__(self):
         self.numbers = itertools.count()
-        self.lengths = {}  # sample index -> tokens
-        self.samples = {}  # sample index -> (token ids, segments)
+        self.lengths = {}  # index -> tokens of the run
+        self.runs = {}  # index -> (lengths, token ids, segments)
 
-    def add(self, ids, segments):
-        """Take in a sample, two arrays (tokens,); returns its index."""
+    def add(self, *run):
+        """Take in a run: arrays (samples,), (tokens,) and (tokens,). Returns its index."""
         index = next(self.numbers)
-        self.lengths[index], self.samples[index] = len(ids), (ids, segments)
+        self.lengths[index], self.runs[index] = len(run[1]), run
         return index
 
     def batch(self, indices):
-        """The samples `indices` as a `Batch`; they leave the library."""
-        indices = indices.tolist()
-        lengths = np.array([self.lengths.pop(index) for index in indices], np.int32)
-        ids, segments = zip(*(self.samples.pop(index) for index in indices))
+        """The runs `indices` as a `Batch`; they leave the library."""
+        lengths, ids, segments = (np.concatenate(arrays) for arrays in zip(*map(self.runs.pop, indices.tolist())))
+        for index in indices.tolist():
+            del self.lengths[index]
         mask = np.arange(lengths.max()) < lengths[:, None]
-        batch = Batch(*(np.zeros(mask.shape, np.int32) for _ in range(3)), lengths)
-        batch.input_ids[mask], batch.input_mask[mask], batch.segment_ids[mask] = \
-            np.concatenate(ids), 1, np.concatenate(segments)
+        batch = Batch(np.zeros(mask.shape, np.int32), mask.astype(np.int32), np.zeros(mask.shape, np.int32),
+                      lengths.astype(np.int32))
+        batch.input_ids[mask], batch.segment_ids[mask] = ids, segments
         return batch
 
 
 class NetworkSUT(SquadSUT):
-    """Answers requests as `SquadSUT` answers LoadGen; a query's id is the future that waits for its logits."""
+    """Answers requests as `SquadSUT` answers LoadGen. A query's id is (the future that waits for its logits, tokens)."""
 
     def __init__(self, backend, batching):
         """To be called in the event loop."""
@@ -73,23 +77,29 @@ class NetworkSUT(SquadSUT):
         super().__init__(backend, Arrivals(), batching, end)
 
     async def logits(self, lengths, ids, segments):
-        """The logits of a request's samples, a list of float32 (tokens, 2). Raises what the backend raised."""
-        ends = np.cumsum(lengths)[:-1]
-        samples = [Sample(self.qsl.add(*arrays), self.loop.create_future())
-                   for arrays in zip(np.split(ids, ends), np.split(segments, ends))]
+        """The logits of a request's samples, float32 (tokens, 2). Raises what the backend raised."""
+        samples, first, start = [], 0, 0
+        waiting = deque((number, None) for number in range(len(lengths)))
+        while waiting:
+            past = first + len(self.batching.take(waiting, lengths))
+            end = start + int(lengths[first:past].sum())
+            index = self.qsl.add(lengths[first:past], ids[start:end], segments[start:end])
+            samples.append(Sample(index, (self.loop.create_future(), end - start)))
+            first, start = past, end
         self.issue_queries(samples)
-        return await asyncio.gather(*(sample.id for sample in samples))
+        return np.concatenate(await asyncio.gather(*(sample.id[0] for sample in samples)))
 
     def answer(self, ids, batch):
         """Run a batch; a fault of the backend ends the requests in it, not the server."""
+        futures, tokens = zip(*ids)
         try:
             logits = checked(batch.lengths, self.backend.predict(batch))
-            results = np.split(logits, np.cumsum(batch.lengths)[:-1])
+            results = np.split(logits, np.cumsum(tokens)[:-1])
         except Exception as error:  # noqa: BLE001 - whatever it is, the client is told
             if not isinstance(error, UserError):
                 traceback.print_exception(error, file=sys.stderr)
             results = [error] * len(ids)
-        self.loop.call_soon_threadsafe(settle, ids, results)
+        self.loop.call_soon_threadsafe(settle, futures, results)
 
 
 def settle(futures, results):
@@ -187,9 +197,8 @@ def serve(backend, batching, node, host, port, stage):
         except Exception as error:  # noqa: BLE001 - whatever the backend raised
             raise web.HTTPInternalServerError(text=f"{type(error).__name__}: {first_line(error)}\n") from None
         if binary:
-            return web.Response(body=np.concatenate(logits).astype("<f4").tobytes(),
-                                content_type=network_format.CONTENT_TYPE)
-        results = [pairs.tolist() for pairs in logits]
+            return web.Response(body=logits.astype("<f4").tobytes(), content_type=network_format.CONTENT_TYPE)
+        results = [pairs.tolist() for pairs in np.split(logits, np.cumsum(samples[0])[:-1])]
         answer = {"result": results if isinstance(query["query"], list) else results[0]}
         return web.json_response({**answer, "id": query["id"]} if "id" in query else answer)
 
@@ -208,6 +217,6 @@ def serve(backend, batching, node, host, port, stage):
     app.cleanup_ctx.append(work)
     try:
         web.run_app(app, host=host, port=port, shutdown_timeout=SHUTDOWN_S, access_log=None,
-                    print=lambda _: stage(f"{about['name']}, ready on http://{host}:{port}; end it with Ctrl-C"))
+                    loop=uvloop.new_event_loop(), print=lambda _: stage(f"{about['name']}, ready on http://{host}:{port}; end it with Ctrl-C"))
     except (OSError, OverflowError) as error:
         raise UserError(f"--host={host} --port={port}: cannot listen there ({error}); give others") from None

@@ -256,7 +256,7 @@ def find_peak(valid, start):
     return low
 
 
-def serve(args):
+def serve_backend(args):
     """Serve the backend that `args` asks for over HTTP, until a signal ends it."""
     try:
         from network_SUT import serve
@@ -274,7 +274,7 @@ def serve(args):
 def main():
     args = parse_args()
     if args.network == "sut":
-        return serve(args)
+        return serve_backend(args)
     from create_squad_data import load_features, read_vocab
     from squad_QSL import SquadQSL
 
