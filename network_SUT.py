@@ -182,6 +182,8 @@ def serve(backend, batching, node, host, port, stage):
 
     Raises UserError where it cannot listen there.
     """
+    if port > 65535:  # uvloop would take it modulo 65536
+        raise UserError(f"--port={port}: the highest is 65535; give another")
     about = description(backend, node)
 
     async def predict(request):
@@ -218,5 +220,5 @@ def serve(backend, batching, node, host, port, stage):
     try:
         web.run_app(app, host=host, port=port, shutdown_timeout=SHUTDOWN_S, access_log=None,
                     loop=uvloop.new_event_loop(), print=lambda _: stage(f"{about['name']}, ready on http://{host}:{port}; end it with Ctrl-C"))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"--host={host} --port={port}: cannot listen there ({error}); give others") from None
