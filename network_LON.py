@@ -29,13 +29,13 @@ class Node:
     def __init__(self, address):
         """`address` is http://HOST:PORT. Raises UserError where it is not."""
         self.address = address
-        parts = urlsplit(address if "//" in address else f"http://{address}")
         try:
+            parts = urlsplit(address if "//" in address else f"http://{address}")
             self.host, self.port = parts.hostname, parts.port or 80
+            if parts.scheme != "http" or not self.host or parts.path.strip("/"):
+                raise ValueError
         except ValueError:
-            self.host = None
-        if parts.scheme != "http" or not self.host or parts.path.strip("/"):
-            raise UserError(f"--sut_server {address}: not of the form http://HOST:PORT; correct it")
+            raise UserError(f"--sut_server {address}: not of the form http://HOST:PORT; correct it") from None
         self.about, self.open, self.lost = None, 0, None
         self.kept = threading.local()  # .connection of this thread, .used: when
 

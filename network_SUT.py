@@ -155,8 +155,9 @@ def check(lengths, ids, segments, vocab_size):
         raise ValueError("no samples")
     if lengths.min() < 1 or lengths.max() > MAX_SEQ_LENGTH:
         raise ValueError(f"samples of {lengths.min()} to {lengths.max()} tokens; 1 to {MAX_SEQ_LENGTH} are possible")
-    if ids.min() < 0 or ids.max() >= min(vocab_size, 2**31):
-        raise ValueError(f"token ids from {ids.min()} to {ids.max()}; the model knows 0 to {vocab_size - 1}")
+    known = min(vocab_size, 2**31)
+    if ids.min() < 0 or ids.max() >= known:
+        raise ValueError(f"token ids from {ids.min()} to {ids.max()}; the model knows 0 to {known - 1}")
     if segments.min() < 0 or segments.max() > 1:
         raise ValueError(f"segments from {segments.min()} to {segments.max()}; 0 and 1 are possible")
 
@@ -217,8 +218,9 @@ def serve(backend, batching, node, host, port, stage):
     app = web.Application(client_max_size=BODY_LIMIT)
     app.add_routes([web.post("/predict/", predict), web.post("/getname/", getname), web.get("/getname/", getname)])
     app.cleanup_ctx.append(work)
+    ready = f"{about['name']}, ready on http://{host}:{port}; end it with Ctrl-C"
     try:
         web.run_app(app, host=host, port=port, shutdown_timeout=SHUTDOWN_S, access_log=None,
-                    loop=uvloop.new_event_loop(), print=lambda _: stage(f"{about['name']}, ready on http://{host}:{port}; end it with Ctrl-C"))
+                    loop=uvloop.new_event_loop(), print=lambda _: stage(ready))
     except OSError as error:
         raise UserError(f"--host={host} --port={port}: cannot listen there ({error}); give others") from None

@@ -178,7 +178,7 @@ def test_both_servers_get_their_share(lon, tmp_path, echo):
 
 
 def test_servers_that_take_one_sample_at_a_time_get_no_more(lon, tmp_path, echo, qsl):
-    server = echo("assert len(batch) == 1", change=("alone, vocab_size = \"echo\", 3, False", "alone, vocab_size = \"echo\", 3, True"))
+    server = echo("assert len(batch) == 1", change=("3, False", "3, True"))
     assert lon([server], "--accuracy", LOG_PATH="logs").returncode == 0
     batch = qsl.batch(np.arange(20))
     tokens = network_format.logits(server.post(network_format.encode(batch), network_format.CONTENT_TYPE))
@@ -346,7 +346,8 @@ def test_a_fault_of_the_backend_ends_the_run_with_its_message_and_the_server_liv
 
 def test_servers_that_differ_are_refused(lon, echo):
     one = echo()
-    for other in (echo(change=('"echo"', '"echo, int8"')), echo(change=("10**6", "10**5")), echo("tokens = tokens + 1")):
+    for other in (echo(change=('"echo"', '"echo, int8"')), echo(change=("10**6", "10**5")),
+                  echo("tokens = tokens + 1")):
         fails(lon([one, other]), one.url, other.url, "same model")
     fails(lon([one, one]), one.url, "once")
 
@@ -355,10 +356,10 @@ def test_what_is_no_server_is_named(lon, tmp_path, script):
     def run(address):
         return script("run.py", "--network=lon", "--sut_server", address)
 
-    lon([])
+    fails(lon([]), "--sut_server")
     fails(run("http://localhost:1"), "http://localhost:1", "--sut_server")
     fails(run("http://no.such.host.invalid:8000"), "no.such.host.invalid")
-    for address in ("https://localhost:8000", "http://localhost:many", "http://", "http://localhost:8000/path"):
+    for address in ("https://localhost:8000", "http://localhost:many", "http://", "http://[::1", "http://localhost:8000/path"):
         fails(run(address), address, "http://HOST:PORT")
     with http.server.HTTPServer(("localhost", 0), http.server.SimpleHTTPRequestHandler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
