@@ -289,7 +289,7 @@ def test_it_listens_on_loopback_only(demo):
 
 
 def start_lon(tmp_path, servers, *args):
-    """A run of run.py --network=lon, in the midst of its test: (process, the lines of its output up to there)."""
+    """The process of a run of run.py --network=lon that is in the midst of its test."""
     (tmp_path / "user.conf").write_text(CONF.replace("min_duration = 300", "min_duration = 3000"))
     process = subprocess.Popen([sys.executable, ROOT / "run.py", "--network=lon", *args, "--sut_server",
                                 *[server.url for server in servers]], cwd=tmp_path, env=environment(LOG_PATH="logs"),
@@ -302,8 +302,9 @@ def start_lon(tmp_path, servers, *args):
     return process
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario, sent", [
+    *((scenario, signal.SIGKILL) for scenario in SCENARIOS), ("Offline", signal.SIGTERM),
+    ("Offline", signal.SIGSTOP), ("SingleStream", signal.SIGSTOP)])
 def test_a_server_lost_midway_loses_no_sample(tmp_path, echo, qsl, scenario, sent):
     servers = [echo(SLOW), echo(SLOW)]
     process = start_lon(tmp_path, servers, f"--scenario={scenario}", "--accuracy", "--batch_tokens=200")
@@ -317,11 +318,12 @@ def test_a_server_lost_midway_loses_no_sample(tmp_path, echo, qsl, scenario, sen
         assert (response[:, 0] == qsl.features.input_ids[row, :qsl.lengths[row]]).all()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario, sent", [
+    *((scenario, signal.SIGKILL) for scenario in SCENARIOS),
+    ("Offline", signal.SIGSTOP), ("SingleStream", signal.SIGSTOP)])
 def test_without_any_server_left_a_run_fails_within_10_seconds(tmp_path, echo, scenario, sent):
     servers = [echo(SLOW), echo(SLOW), echo(SLOW)]
-    process = start_lon(tmp_path, servers, f"--scenario={scenario}")
+    process = start_lon(tmp_path, servers, f"--scenario={scenario}", "--batch_tokens=200")
     for server in servers:
         server.process.send_signal(sent)
     lost = time.monotonic()
