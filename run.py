@@ -2,6 +2,8 @@
 
     python3 run.py --backend=pytorch --scenario=Offline               performance: LoadGen's figures
     python3 run.py --backend=pytorch --scenario=Offline --accuracy    accuracy: exact match and F1
+    python3 run.py --network=sut --backend=pytorch                    serve the model to LoadGen on another machine
+    python3 run.py --network=lon --sut_server http://HOST:8000 …      LoadGen, with the models of such servers
 """
 
 import argparse
@@ -68,10 +70,15 @@ def parse_args():
     parser.add_argument("--audit_conf", default="audit.conf",
                         help="LoadGen settings of a compliance run, used where the file exists (default: %(default)s)")
     parser.add_argument("--max_examples", type=config.count, help="use the first so many samples only (default: all)")
-    parser.add_argument("--network", choices=("sut", "lon"), help="LoadGen over the network")
-    parser.add_argument("--node", default="", help="with --network: this node's name")
+    parser.add_argument("--network", choices=("sut", "lon"),
+                        help="sut: serve the backend over HTTP; lon: run LoadGen with the servers of --sut_server")
+    parser.add_argument("--node", default="", help="with --network=sut: this node's name")
+    parser.add_argument("--host", default="localhost",
+                        help="with --network=sut: the address to listen on (default: %(default)s); "
+                             "whoever reaches it can use it")
     parser.add_argument("--port", type=config.count, default=8000, help="with --network=sut (default: %(default)s)")
-    parser.add_argument("--sut_server", nargs="*", default=["http://localhost:8000"], help="with --network=lon")
+    parser.add_argument("--sut_server", nargs="+", default=["http://localhost:8000"],
+                        help="with --network=lon: the servers (default: %(default)s)")
     args = parser.parse_args()
     if args.quantized and args.dtype not in (None, "int8"):
         parser.error(f"--quantized is --dtype=int8, not {args.dtype}; give one of them")
@@ -90,6 +97,10 @@ def stage(text):
 
 def load_backend(args):
     """The backend object that `args` asks for, its model loaded. Raises UserError where it cannot be had."""
+    if args.network == "lon":
+        from network_LON import NetworkBackend
+
+        return NetworkBackend(args.sut_server)
     if args.backend in REFUSED:
         raise UserError(f"--backend={args.backend}: {REFUSED[args.backend]}")
     if args.profile and args.backend != "onnxruntime":
@@ -170,11 +181,15 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
 
     def test():
         try:
-            handles = lg.ConstructSUT(sut.issue_queries, sut.flush_queries), \
-                lg.ConstructQSL(len(qsl), len(qsl), lambda indices: None, lambda indices: None)
-            lg.StartTestWithLogSettings(*handles, settings, log_settings, audit_conf)
-            lg.DestroyQSL(handles[1])
-            lg.DestroySUT(handles[0])
+            callbacks = sut.issue_queries, sut.flush_queries
+            if over_network := hasattr(sut.backend, "sut_name"):
+                system = lg.ConstructQDL(*callbacks, sut.backend.sut_name)
+            else:
+                system = lg.ConstructSUT(*callbacks)
+            library = lg.ConstructQSL(len(qsl), len(qsl), lambda indices: None, lambda indices: None)
+            lg.StartTestWithLogSettings(system, library, settings, log_settings, audit_conf)
+            lg.DestroyQSL(library)
+            (lg.DestroyQDL if over_network else lg.DestroySUT)(system)
             outcome.put(None)
         except BaseException as error:  # noqa: BLE001 - the main thread waits for it
             outcome.put(error)
@@ -241,10 +256,25 @@ def find_peak(valid, start):
     return low
 
 
+def serve_backend(args):
+    """Serve the backend that `args` asks for over HTTP, until a signal ends it."""
+    try:
+        from network_SUT import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"--network=sut needs the package {error.name}; "
+                        "`make venv BACKEND=network` installs it") from None
+    from squad_SUT import Batching
+
+    stage("loading the model")
+    backend = load_backend(args)
+    batching = Batching(1 if backend.alone else args.batch_tokens or BATCH_TOKENS, sort=False)
+    serve(backend, batching, args.node, args.host, args.port, stage)
+
+
 def main():
     args = parse_args()
-    if args.network:
-        raise UserError(f"--network={args.network} is not built yet; run without it")
+    if args.network == "sut":
+        return serve_backend(args)
     from create_squad_data import load_features, read_vocab
     from squad_QSL import SquadQSL
 

@@ -56,11 +56,13 @@ class SquadSUT:
         try:
             while samples := self.next_samples():
                 indices, ids = zip(*samples)
-                batch = self.qsl.batch(np.array(indices))
-                logits = self.backend.predict(batch)
-                respond(ids, batch.lengths, logits)
+                self.answer(ids, self.qsl.batch(np.array(indices)))
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run cannot go on without this worker
             self.fail(error)
+
+    def answer(self, ids, batch):
+        """Run a batch and complete its queries `ids`."""
+        respond(ids, batch.lengths, self.backend.predict(batch))
 
     def next_samples(self):
         """Wait for samples and take the next batch of them: [(sample index, query id)], empty at the end."""
@@ -102,16 +104,21 @@ class Batching:
         return samples
 
 
+def checked(lengths, logits):
+    """`logits`, what a backend gave for samples of `lengths` tokens. Raises RuntimeError where it is not its duty."""
+    if logits.dtype != np.float32 or logits.shape != (lengths.sum(), 2):
+        raise RuntimeError(f"the backend gave logits {logits.dtype} {logits.shape} for {lengths.sum()} tokens; "
+                           "float32 (tokens, 2) is its duty")
+    return np.ascontiguousarray(logits)
+
+
 def respond(ids, lengths, logits):
     """Complete the queries `ids`: sample i's response is the next `lengths[i]` rows of `logits`.
 
     `logits` is float32 (sum of lengths, 2). LoadGen copies what it keeps before this returns. Raises RuntimeError where
     the backend gave anything else.
     """
-    if logits.dtype != np.float32 or logits.shape != (lengths.sum(), 2):
-        raise RuntimeError(f"the backend gave logits {logits.dtype} {logits.shape} for {lengths.sum()} tokens; "
-                           "float32 (tokens, 2) is its duty")
-    logits = np.ascontiguousarray(logits)
+    logits = checked(lengths, logits)
     sizes = lengths.astype(np.int64) * logits.strides[0]
     starts = logits.ctypes.data + np.cumsum(sizes) - sizes
     lg.QuerySamplesComplete([lg.QuerySampleResponse(*response)

@@ -157,7 +157,7 @@ def test_an_earlier_runs_logs_are_moved_aside(run, tmp_path):
     (("--audit_conf=nowhere.conf",), {}, ["nowhere.conf", "--audit_conf"]),
     (("--max_examples=0",), {}, ["--max_examples", "'0'"]),
     (("--scenario=Sever",), {}, ["--scenario", "Sever"]),
-    (("--network=lon",), {}, ["--network=lon"]),
+    (("--network=lon", "--sut_server", "localhost:1"), {}, ["localhost:1", "--sut_server"]),
 ])
 def test_what_cannot_be_used_is_named(run, args, variables, words):
     fails(run("--backend=pytorch", *args, **variables), *words)
