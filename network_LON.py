@@ -20,7 +20,7 @@ ANSWER_S = 3  # a server that does not say its name within this time is lost
 PATIENCE_S = 1  # after so long without a result a server is asked whether it still lives
 IDLE_S = 30  # a connection unused for so long may be cut off somewhere on the way and is not used again
 FAULTS = (OSError, http.client.HTTPException)  # a server or the way to it is broken
-SAME = ("backend", "vocab_size", "alone", "logits")  # of a server's description: what must be equal on all
+SAME = ("backend", "vocab_size", "together", "logits")  # of a server's description: what must be equal on all
 
 
 class Node:
@@ -112,7 +112,7 @@ class NetworkBackend:
                                     f"{first.address}; all must run the same model on machines of the same kind")
             if twin := [other for other in self.nodes[:number] if other.about["instance"] == node.about["instance"]]:
                 raise UserError(f"{node.address}: the same server as {twin[0].address}; name each once in --sut_server")
-        self.vocab_size, self.alone = first.about["vocab_size"], first.about["alone"]
+        self.vocab_size, self.together = first.about["vocab_size"], first.about["together"]
         # one batch waits at each server, so that none is idle while a result travels
         self.workers = sum(node.about["workers"] + 1 for node in self.nodes)
         self.name = ", ".join(node.about["name"] for node in self.nodes)

@@ -31,7 +31,7 @@ import network_format
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
-from squad_SUT import SquadSUT, checked
+from squad_SUT import Batching, SquadSUT, checked
 
 BODY_LIMIT = 16 * 2**20  # bytes of a request
 SHUTDOWN_S = 1  # how long a signal lets open requests run
@@ -74,14 +74,17 @@ class NetworkSUT(SquadSUT):
     def __init__(self, backend, batching):
         """To be called in the event loop."""
         self.loop = asyncio.get_running_loop()
-        super().__init__(backend, Arrivals(), batching, end)
+        self.within = batching  # a request
+        # Runs are batches already where the lengths matter: a run's is that of all its samples.
+        together = "any" if batching.together == "any" else "one"
+        super().__init__(backend, Arrivals(), Batching(together, batching.max_tokens, sort=False), end)
 
     async def logits(self, lengths, ids, segments):
         """The logits of a request's samples, float32 (tokens, 2). Raises what the backend raised."""
         samples, first, start = [], 0, 0
         waiting = deque((number, None) for number in range(len(lengths)))
         while waiting:
-            past = first + len(self.batching.take(waiting, lengths))
+            past = first + len(self.within.take(waiting, lengths))
             end = start + int(lengths[first:past].sum())
             index = self.qsl.add(lengths[first:past], ids[start:end], segments[start:end])
             samples.append(Sample(index, (self.loop.create_future(), end - start)))
@@ -175,7 +178,7 @@ def description(backend, node):
     sample = Batch(ids, np.ones_like(ids), np.zeros_like(ids), np.array([MAX_SEQ_LENGTH], np.int32))
     return {"name": f"{backend.name} (Network SUT){node and f' node {node}'}", "instance": uuid.uuid4().hex,
             "workers": backend.workers, "backend": backend.name, "vocab_size": backend.vocab_size,
-            "alone": backend.alone, "logits": hashlib.sha256(backend.predict(sample).tobytes()).hexdigest()}
+            "together": backend.together, "logits": hashlib.sha256(backend.predict(sample).tobytes()).hexdigest()}
 
 
 def serve(backend, batching, node, host, port, stage):

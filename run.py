@@ -267,7 +267,7 @@ def serve_backend(args):
 
     stage("loading the model")
     backend = load_backend(args)
-    batching = Batching(1 if backend.alone else args.batch_tokens or BATCH_TOKENS, sort=False)
+    batching = Batching(backend.together, args.batch_tokens or BATCH_TOKENS, sort=False)
     serve(backend, batching, args.node, args.host, args.port, stage)
 
 

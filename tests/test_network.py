@@ -30,7 +30,7 @@ import numpy as np
 import config, run
 
 class Echo:
-    name, workers, alone, vocab_size = "echo", 3, False, 10**6
+    name, workers, together, vocab_size = "echo", 3, "any", 10**6
 
     def __init__(self, args):
         pass
@@ -178,8 +178,9 @@ def test_both_servers_get_their_share(lon, tmp_path, echo):
     assert min(done) > 0.3 * sum(done)
 
 
-def test_servers_that_take_one_sample_at_a_time_get_no_more(lon, tmp_path, echo, qsl):
-    server = echo("assert len(batch) == 1", change=("3, False", "3, True"))
+@pytest.mark.parametrize("together, check", [("one", "len(batch) == 1"), ("equal", "len(set(batch.lengths)) == 1")])
+def test_a_server_gets_only_batches_that_it_takes(lon, tmp_path, echo, qsl, together, check):
+    server = echo(f"assert {check}", change=('"any"', f'"{together}"'))
     assert lon([server], "--accuracy", LOG_PATH="logs").returncode == 0
     batch = qsl.batch(np.arange(20))
     tokens = network_format.logits(server.post(network_format.encode(batch), network_format.CONTENT_TYPE))
