@@ -13,6 +13,9 @@ MODEL_DIR = f"{BUILD_DIR}/data/bert_tf_v1_1_large_fp32_384_v2"  # the reference'
 CACHE_DIR = f"{BUILD_DIR}/cache"
 DATASET = f"{BUILD_DIR}/data/dev-v1.1.json"
 VOCAB = f"{MODEL_DIR}/vocab.txt"
+TF_CHECKPOINT = f"{MODEL_DIR}/model.ckpt-5474"  # without .index
+TF_MODEL = f"{MODEL_DIR}/model.pb"
+PYTORCH_MODEL = f"{MODEL_DIR}/model.pytorch"
 ONNX_MODEL = f"{MODEL_DIR}/model.onnx"
 ONNX_INT8_MODEL = f"{MODEL_DIR}/bert_large_v1_1_fake_quant.onnx"
 # What an ONNX file's inputs are called, ids, mask, segments: the first as in MLPerf's fp32 file, the second as in its
@@ -37,6 +40,12 @@ def env(name, default):
 def onnx_model(dtype):
     """The path of the ONNX model to run in `dtype`."""
     return env("ML_MODEL_FILE_WITH_PATH", ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL)
+
+
+def model(backend, dtype):
+    """The path of the model that `--backend=backend` runs in `dtype`."""
+    own = {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}
+    return env("ML_MODEL_FILE_WITH_PATH", own[backend]) if backend in own else onnx_model(dtype)
 
 
 def onnx_inputs(path, found):
