@@ -211,8 +211,8 @@ class RayBackend:
         try:
             ray.kill(actor)
             self.start([self.homes.pop(actor)])
-        except UserError as error:
-            print(f"notice: {error}; going on with {len(self.calls)} actors", file=sys.stderr)
+        except UserError as reason:
+            print(f"notice: {reason}; going on with {len(self.calls)} actors", file=sys.stderr)
         finally:
             with self.changed:
                 self.starting -= 1

@@ -48,7 +48,7 @@ def cluster():
 @pytest.fixture
 def run(script, tmp_path):
     """run.py with a user.conf of short runs: run("--backend=…", …, NAME=value)."""
-    (tmp_path / "user.conf").write_text(CONF)
+    (tmp_path / "user.conf").write_text(CONF.replace("target_qps = 40", "target_qps = 200"))
     return lambda *args, **variables: script("run.py", *args, **variables)
 
 
@@ -66,40 +66,43 @@ def logged(folder):
     return {row: response.tobytes() for row, response in responses(folder).items()}
 
 
-def processes(mark):
-    """The ids of the processes that have `mark` in their environment: those that a run with it started."""
-    found = []
+@pytest.fixture
+def ray_folder(monkeypatch):
+    """Where Ray keeps the files of a local cluster; not in the test's own folder, for sockets' paths must be short."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield folder
+
+
+def open_files(folder):
+    """{process id: set of what its file descriptors are} of the processes that have a file in `folder` open."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if mark.encode() in (process / "environ").read_bytes():
-                found.append(int(process.name))
+            files = {os.readlink(fd) for fd in (process / "fd").iterdir()}
         except OSError:
-            pass  # ended meanwhile
+            continue  # ended meanwhile
+        if any(file.startswith(folder) for file in files):
+            found[int(process.name)] = files
     return found
 
 
-def gone(mark):
-    """Whether no process with `mark` is left, now or within ten seconds."""
+def gone(folder):
+    """Whether no process has a file in `folder` open, now or within ten seconds."""
     deadline = time.monotonic() + 10
-    while processes(mark) and time.monotonic() < deadline:
+    while open_files(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not processes(mark)
+    return not open_files(folder)
 
 
-def listening(ids):
-    """The addresses on which the processes `ids` listen, as in /proc/net/tcp and tcp6: hexadecimal, without the port."""
-    sockets = set()
-    for process in ids:
-        for fd in Path(f"/proc/{process}/fd").iterdir():
-            try:
-                sockets.add(os.readlink(fd))
-            except OSError:
-                pass  # closed meanwhile
+def listening(files):
+    """The addresses on which the sockets among `files` listen, as in /proc/net: hexadecimal, without the port."""
     lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in files}
 
 
-# run.py with another backend in the actors: PyTorch's, whose predict first does as the test says.
+# run.py with another backend in the actors: PyTorch's, whose predict first does as the test says, but for the warming up
+# with one sample.
 ODD = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -107,11 +110,8 @@ import config, run
 from pytorch_SUT import PyTorchBackend
 
 class Odd(PyTorchBackend):
-    calls = 0
-
     def predict(self, batch):
-        self.calls += 1
-        if self.calls > 1:  # after the warming up
+        if len(batch) > 1:
             BODY
         return super().predict(batch)
 
@@ -120,26 +120,25 @@ config.script(run.main)
 """
 
 
-@pytest.mark.parametrize("scenario", ["Offline", "Server"])
-def test_two_nodes_answer_with_the_same_bytes_as_one_process(run, local, tmp_path, cluster, scenario):
-    result = run("--backend=ray", f"--scenario={scenario}", "--accuracy", LOG_PATH="ray", **cluster)
+def test_two_nodes_answer_with_the_same_bytes_as_one_process(run, local, tmp_path, cluster):
+    result = run("--backend=ray", "--scenario=Server", "--accuracy", LOG_PATH="ray", **cluster)
     assert result.returncode == 0, result.stderr
     assert "2 actors on 2 nodes" in result.stderr
-    assert logged(tmp_path / "ray") == local("--backend=pytorch", f"--scenario={scenario}")
+    assert logged(tmp_path / "ray") == local("--backend=pytorch", "--scenario=Server")
 
 
-def test_a_local_cluster_listens_on_loopback_answers_with_the_same_bytes_and_ends(tmp_path, local):
+def test_a_local_cluster_listens_on_loopback_answers_with_the_same_bytes_and_ends(tmp_path, local, ray_folder):
     (tmp_path / "user.conf").write_text(CONF)
-    mark = uuid.uuid4().hex
-    (tmp_path / "slow.py").write_text(ODD.replace("BODY", "time.sleep(0.02)"))
-    process = start(tmp_path / "slow.py", "--scenario=SingleStream", "--accuracy", MARK=mark, LOG_PATH="ray")
-    assert listening(processes(mark)) == {"0100007F", "0000000000000000FFFF00000100007F"}
+    (tmp_path / "slow.py").write_text(ODD.replace("len(batch) > 1", "True").replace("BODY", "time.sleep(0.05)"))
+    process = start(tmp_path / "slow.py", "--scenario=SingleStream", "--max_examples=60", "--accuracy",
+                    LOG_PATH="ray")
+    assert listening(set.union(*open_files(ray_folder).values())) == {"0100007F", "0000000000000000FFFF00000100007F"}
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "exact_match" in out.splitlines()[-1]
     assert err.count("\n") < 10, err  # no noise of Ray's
-    assert gone(mark)
-    assert logged(tmp_path / "ray") == local("--backend=pytorch", "--scenario=SingleStream")
+    assert gone(ray_folder)
+    assert logged(tmp_path / "ray") == local("--backend=pytorch", "--scenario=SingleStream", "--max_examples=60")
 
 
 def start(path, *args, **variables):
@@ -152,20 +151,19 @@ def start(path, *args, **variables):
     return process
 
 
-def test_a_terminated_run_ends_its_local_cluster(tmp_path):
+def test_a_terminated_run_ends_its_local_cluster(tmp_path, ray_folder):
     (tmp_path / "user.conf").write_text(CONF)
-    mark = uuid.uuid4().hex
     (tmp_path / "slow.py").write_text(ODD.replace("BODY", "time.sleep(0.2)"))
-    process = start(tmp_path / "slow.py", "--accuracy", MARK=mark)
+    process = start(tmp_path / "slow.py", "--accuracy")
+    assert len(open_files(ray_folder)) > 5
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=10)[1]
     assert process.returncode == 143 and "incomplete" in err and "Traceback" not in err
-    assert gone(mark)
+    assert gone(ray_folder)
 
 
-@pytest.mark.parametrize("victims", [1, 2])
-def test_killed_actors_change_nothing(tmp_path, local, cluster, victims):
-    """Batches take random times, so that they end out of order, too."""
+def test_killed_actors_change_nothing(tmp_path, local, cluster):
+    """The second is killed while the first is being replaced. Batches take random times, so that they end out of order."""
     (tmp_path / "user.conf").write_text(CONF)
     body = f"""open(os.path.join({str(tmp_path)!r}, f"{{os.getpid()}}.pid"), "w").close()
             time.sleep(0.1 * int.from_bytes(os.urandom(1)) / 255)"""
@@ -174,12 +172,13 @@ def test_killed_actors_change_nothing(tmp_path, local, cluster, victims):
     deadline = time.monotonic() + 20
     while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in pids[:victims]:
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
+        time.sleep(0.5)
+    err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
-    assert err.count("a Ray actor is lost") == victims
-    assert len(list(tmp_path.glob("*.pid"))) == 2 + victims  # the replacement has worked as well
+    assert err.count("a Ray actor is lost") == 2
+    assert len(list(tmp_path.glob("*.pid"))) == 4  # the replacements have worked as well
     assert logged(tmp_path / "ray") == local("--backend=pytorch")
 
 
@@ -217,7 +216,12 @@ def test_resources_that_others_hold_are_named(tmp_path, script, cluster):
     (tmp_path / "hog.py").write_text("""
 import ray, time
 ray.init(log_to_driver=False)
-hog = ray.remote(num_cpus=1)(time.sleep).remote(100)
+
+@ray.remote(num_cpus=1)
+def hold():
+    time.sleep(100)
+
+hog = hold.remote()
 while ray.available_resources().get("CPU", 0) > 1:
     time.sleep(0.1)
 print("holding", flush=True)
@@ -228,14 +232,14 @@ ray.get(hog)
     try:
         assert hog.stdout.readline() == "holding\n"
         (tmp_path / "impatient.py").write_text(ODD.replace("import config, run", "import config, ray_SUT, run")
-                                               .replace("class Odd", "ray_SUT.START_S = 5\nclass Odd"))
+                                               .replace("class Odd", "ray_SUT.START_S = 4\nclass Odd"))
         fails(script(tmp_path / "impatient.py", "--backend=ray", **cluster), "1 of 2 Ray actors", "CPUs")
     finally:
         hog.kill()
         hog.communicate()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "6379"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "6379"])
 def test_a_cluster_that_does_not_answer_is_named(run, address):
     started = time.monotonic()
     fails(run("--backend=ray", RAY_ADDRESS=address), f"RAY_ADDRESS={address}")
@@ -245,5 +249,4 @@ def test_a_cluster_that_does_not_answer_is_named(run, address):
 def test_what_an_actor_cannot_use_is_named(run, tmp_path, cluster):
     (tmp_path / "model.pytorch").write_text("no model")
     fails(run("--backend=ray", ML_MODEL_FILE_WITH_PATH="model.pytorch", **cluster), "model.pytorch", "damaged")
-    fails(run("--backend=ray", ML_MODEL_FILE_WITH_PATH="nowhere.pytorch", **cluster), "nowhere.pytorch", "make setup")
     fails(run("--backend=ray", MLC_MAX_NUM_THREADS="64", **cluster), "64 cores", "MLC_MAX_NUM_THREADS")
