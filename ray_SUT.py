@@ -18,9 +18,11 @@ import threading
 
 import numpy as np
 
+# Ray reads these when it is imported. The name notwithstanding, the first is for every system: a local cluster listens on
+# 127.0.0.1 only. The second is how long the head may be gone before the run ends, in place of a minute.
 if not os.environ.get("RAY_ADDRESS"):
-    # Read at the import, for all systems in spite of its name: a local cluster listens on 127.0.0.1 only.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -107,8 +109,7 @@ class Actor:
             os.environ["MLC_MAX_NUM_THREADS"] = str(cores)
 
     def load(self, kind, args, model, files):
-        """Make the backend `kind(args)` of a model of `read_files`, and run it once. Returns what `RayBackend` is told:
-        (name, vocab_size, alone)."""
+        """Make the backend `kind(args)` of a model of `read_files`, and run it once. Returns (name, vocab_size, alone)."""
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             for path, data in files.items():
                 os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
