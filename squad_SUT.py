@@ -10,6 +10,7 @@ A backend is an object with
     alone               whether it wants one sample a batch: its graph takes no more, or padding costs more than it gains
     predict(batch)      takes a `squad_QSL.Batch` and returns the start and end logits of every token, sample after
                         sample without padding, as float32 (tokens, 2)
+    close()             only where it has started what outlives the process: ends that
 """
 
 import queue
