@@ -71,6 +71,7 @@ def ray_folder(monkeypatch):
     """Where Ray keeps the files of a local cluster; not in the test's own folder, for sockets' paths must be short."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
         yield folder
 
 
