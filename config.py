@@ -42,6 +42,12 @@ def onnx_model(dtype):
     return env("ML_MODEL_FILE_WITH_PATH", ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL)
 
 
+def model(backend, dtype):
+    """The path of the model that `--backend=backend` runs in `dtype`."""
+    own = {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}
+    return env("ML_MODEL_FILE_WITH_PATH", own[backend]) if backend in own else onnx_model(dtype)
+
+
 def onnx_inputs(path, found):
     """The one of ONNX_INPUTS that the names `found` in the file `path` are, in any order. Raises UserError."""
     for names in ONNX_INPUTS:

@@ -36,7 +36,7 @@ class File(NamedTuple):
     backends: tuple
 
 
-EVERY = ("tf", "pytorch", "onnxruntime", "openvino", "convert")
+EVERY = ("tf", "pytorch", "ray", "onnxruntime", "openvino", "convert")
 GITHUB = "https://raw.githubusercontent.com"
 ZENODO = "https://zenodo.org/record"
 FILES = [
@@ -47,7 +47,7 @@ FILES = [
          "81fa69eb66f72831edccb624133bb4b3", EVERY),
     File(config.VOCAB, f"{ZENODO}/3733868/files/vocab.txt", "64800d5d8528ce344256daf115d4965e", EVERY),
     File(config.PYTORCH_MODEL, f"{ZENODO}/3733896/files/model.pytorch", "00fbcbfaebfa20d87ac9885120a6e9b4",
-         ("pytorch",)),
+         ("pytorch", "ray")),
     File(config.ONNX_MODEL, f"{ZENODO}/3733910/files/model.onnx", "819b25b19cd8e59080c10892689750ca",
          ("onnxruntime", "openvino")),
     File(config.ONNX_INT8_MODEL, f"{ZENODO}/3750364/files/bert_large_v1_1_fake_quant.onnx",

@@ -150,12 +150,29 @@ class Observer(PrepackedLinear):
         return super().add(self.watch(x), residual)
 
 
-def int8_ranges(model, build):
-    """The range of the inputs of each of `model`'s linear layers over the calibration's features.
+@torch.inference_mode()
+def input_ranges(model, batches):
+    """The range of the inputs of each of `model`'s linear layers over `squad_QSL.Batch`es.
 
-    {layer's name: (low, high)}, fp32 (inputs,). Read from build/cache where they are known for these weights, features
-    and list; otherwise found with `build`, which makes a `Bert` of `Observer`s and the dict of these. The features are
-    those of CALIBRATION_FILE, one of MLPerf's two lists, of the data set; without the file, 100 at even steps.
+    {layer's name: (low, high)}, fp32 (inputs,).
+    """
+    observers = {}
+
+    def observer(name, weight, bias):
+        observers[name] = Observer(weight, bias)
+        return observers[name]
+
+    bert = Bert(*read_weights(model), torch.device("cpu"), torch.float32, observer)
+    for batch in batches:
+        bert(*packed_inputs(batch))
+    return {name: (observer.low, observer.high) for name, observer in observers.items()}
+
+
+def int8_ranges(model):
+    """The `input_ranges` of `model` over the calibration's features.
+
+    Read from build/cache where they are known for these weights, features and list. The features are those of
+    CALIBRATION_FILE, one of MLPerf's two lists, of the data set; without the file, 100 at even steps.
     """
     dataset, vocab_file = config.dataset_files()
     squad, features = load_features(dataset, vocab_file)
@@ -176,11 +193,8 @@ def int8_ranges(model, build):
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         print(f"notice: {cache} is damaged ({error}); calibrating anew", file=sys.stderr)
 
-    bert, observers = build()
     qsl = SquadQSL(features)
-    for row in rows:
-        bert(*packed_inputs(qsl.batch(np.array([row]))))
-    ranges = {name: (observer.low, observer.high) for name, observer in observers.items()}
+    ranges = input_ranges(model, (qsl.batch(np.array([row])) for row in rows))
     keep_arrays(cache, {name: torch.stack(pair).numpy() for name, pair in ranges.items()})
     return ranges
 
@@ -228,7 +242,7 @@ class PyTorchBackend:
         self.name = f"PyTorch {torch.__version__}, {self.device.type}, {dtype}"
         with torch.inference_mode():
             if dtype == "int8":
-                self.bert = self.int8_bert(weights)
+                self.bert = self.int8_bert(weights, getattr(args, "int8_ranges", None) or int8_ranges(self.model))
             else:
                 self.bert = self.float_bert(weights, getattr(torch, DTYPES[dtype]))
 
@@ -238,19 +252,7 @@ class PyTorchBackend:
         kind = PrepackedLinear if prepack else Linear
         return Bert(self.sizes, weights, self.device, dtype, lambda name, *layer: kind(*(x.to(dtype) for x in layer)))
 
-    def int8_bert(self, weights):
-        observers = {}
-
-        def observer(name, weight, bias):
-            observers[name] = Observer(weight, bias)
-            return observers[name]
-
-        def observed():
-            return Bert(self.sizes, read_weights(self.model)[1], self.device, torch.float32, observer), observers
-
-        ranges = int8_ranges(self.model, observed)
-        observers.clear()
-
+    def int8_bert(self, weights, ranges):
         def int8_linear(name, weight, bias):
             layer, part = name.split(".")
             gelu_range = ranges[f"{layer}.down"] if part == "up" else None

@@ -32,8 +32,9 @@ BACKENDS = {
 # What the reference has besides: --backend: why it is refused, and what to do.
 REFUSED = {
     "tf_estimator": "TensorFlow has removed Estimator; use --backend=tf",
-    "ray": "not built yet; use --backend=pytorch",
 }
+# --backend: which one the actors run.
+RAY = {"ray": "pytorch", **{f"ray:{backend}": backend for backend in BACKENDS}}
 
 BATCH_TOKENS = 2048  # a batch at most; measured on a CPU, where more gains nothing and 4096 loses 5 % in fp32
 
@@ -51,7 +52,7 @@ RESULTS = {
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *REFUSED], help="default: %(default)s")
+    parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *RAY, *REFUSED], help="default: %(default)s")
     parser.add_argument("--scenario", default="Offline", choices=SCENARIOS, help="default: %(default)s")
     parser.add_argument("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"),
@@ -105,16 +106,22 @@ def load_backend(args):
         raise UserError(f"--backend={args.backend}: {REFUSED[args.backend]}")
     if args.profile and args.backend != "onnxruntime":
         raise UserError(f"--profile is for --backend=onnxruntime, not {args.backend}; leave it out")
-    module, name, dtypes = BACKENDS[args.backend]
+    backend = RAY.get(args.backend, args.backend)
+    module, name, dtypes = BACKENDS[backend]
     if args.dtype not in dtypes:
         raise UserError(f"--backend={args.backend} runs in {', '.join(dtypes)}, not {args.dtype}; give another --dtype")
-    if args.reference and args.backend == "pytorch":
+    if args.reference and backend == "pytorch":
         name = "PyTorchReference"
     try:
-        return getattr(importlib.import_module(module), name)(args)
+        kind = getattr(importlib.import_module(module), name)
+        if args.backend in RAY:
+            from ray_SUT import RayBackend
+
+            return RayBackend(backend, kind, args)
+        return kind(args)
     except ModuleNotFoundError as error:
         raise UserError(f"--backend={args.backend} needs the package {error.name}; "
-                        f"`make venv BACKEND={args.backend}` installs it") from None
+                        f"`make venv BACKEND={'ray' if error.name == 'ray' else backend}` installs it") from None
 
 
 def loadgen_settings(args):
@@ -215,6 +222,8 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
     except SystemExit as exit:
         print("run.py: terminated; the logs of this run are incomplete", file=sys.stderr)
         status = exit.code
+    if hasattr(sut.backend, "close"):
+        sut.backend.close()
     sys.stderr.flush()
     os._exit(status)
 

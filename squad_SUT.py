@@ -11,6 +11,7 @@ A backend is an object with
                         more than it gains; "one", where its graph takes no more
     predict(batch)      takes a `squad_QSL.Batch` and returns the start and end logits of every token, sample after
                         sample without padding, as float32 (tokens, 2)
+    close()             only where it has started what outlives the process: ends that
 """
 
 import queue

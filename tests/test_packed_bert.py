@@ -84,15 +84,8 @@ def backend(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random_bert(tmp_path / "model")
     monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "model")
-    ranges = {}
-
-    def known_ranges(model, build):
-        bert, observers = build()
-        for lengths in ((60, 30), (384,)):
-            bert(*pytorch_SUT.packed_inputs(random_batch(*lengths)))
-        ranges.update({name: (observer.low, observer.high) for name, observer in observers.items()})
-        return ranges
-    monkeypatch.setattr(pytorch_SUT, "int8_ranges", known_ranges)
+    monkeypatch.setattr(pytorch_SUT, "int8_ranges", lambda model: pytorch_SUT.input_ranges(
+        model, (random_batch(60, 30), random_batch(384))))
     return lambda dtype, kind=PyTorchBackend: kind(arguments(dtype=dtype))
 
 

@@ -166,7 +166,7 @@ def test_what_cannot_be_used_is_named(run, args, variables, words):
 @pytest.mark.parametrize("package, backend, words", [
     ("torch", "pytorch", "make venv BACKEND=pytorch"), ("onnxruntime", "onnxruntime", "make venv BACKEND=onnxruntime"),
     ("tensorflow", "tf", "make venv BACKEND=tf"), ("openvino", "openvino", "make venv BACKEND=openvino"),
-    ("mlperf_loadgen", "pytorch", "make venv")])
+    ("ray", "ray", "make venv BACKEND=ray"), ("mlperf_loadgen", "pytorch", "make venv")])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(run, tmp_path, package, backend, words):
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no {package}', name='{package}')")
     fails(run(f"--backend={backend}", PYTHONPATH=tmp_path), package, words)
