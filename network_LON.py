@@ -152,7 +152,8 @@ class NetworkBackend:
             if node.lost:
                 return
             node.lost = str(error) or type(error).__name__
-        print(f"notice: {node.address} is lost ({node.lost}); its queries go to the others", file=sys.stderr)
+            # print would write the line's end by itself, and another thread's line in between
+            sys.stderr.write(f"notice: {node.address} is lost ({node.lost}); its queries go to the others\n")
 
     def drop_lost(self):
         """Give up every server that does not answer; all are asked at once, so that this takes ANSWER_S at most."""

@@ -208,12 +208,13 @@ class RayBackend:
             if self.calls.pop(actor, None) is None:
                 return
             self.starting += 1
-        print(f"notice: a Ray actor is lost ({type(error).__name__}); its batches run again", file=sys.stderr)
+        # print would write the line's end by itself, and another thread's line in between
+        sys.stderr.write(f"notice: a Ray actor is lost ({type(error).__name__}); its batches run again\n")
         try:
             ray.kill(actor)
             self.start([self.homes.pop(actor)])
         except UserError as reason:
-            print(f"notice: {reason}; going on with {len(self.calls)} actors", file=sys.stderr)
+            sys.stderr.write(f"notice: {reason}; going on with {len(self.calls)} actors\n")
         finally:
             with self.changed:
                 self.starting -= 1

@@ -214,7 +214,7 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
         if not isinstance(error, UserError):
             traceback.print_exception(error, file=sys.stderr)
             error = f"the run failed: {type(error).__name__}: {error}"
-        print(f"run.py: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"run.py: error: {error}\n")  # at one go: worker threads may write, too
         status = 1
     except KeyboardInterrupt:
         print("run.py: interrupted; the logs of this run are incomplete", file=sys.stderr)
