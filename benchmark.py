@@ -30,6 +30,7 @@ import config
 from config import UserError
 from create_squad_data import load_features, read_vocab
 from run import BACKENDS, BATCH_TOKENS, load_backend
+from run import parse_args as parse_run_args
 from squad_QSL import SquadQSL
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -99,8 +100,8 @@ def serve(pipe, backend, dtype, model, features):
         from squad_SUT import Batching
 
         reference = dtype == "reference"
-        args = argparse.Namespace(backend=backend, dtype="fp32" if reference else dtype, reference=reference,
-                                  scenario="SingleStream", profile=False, quantized=False)
+        args = parse_run_args([f"--backend={backend}", "--scenario=SingleStream",
+                               "--reference" if reference else f"--dtype={dtype}"])
         runner = load_backend(args)
         qsl = SquadQSL(features)
         batching = Batching(runner.together, BATCH_TOKENS, sort=not reference)

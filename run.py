@@ -50,7 +50,8 @@ RESULTS = {
 }
 
 
-def parse_args():
+def parse_args(words=None):
+    """The command line `words`, the process's own by default. Ends the process where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *RAY, *REFUSED], help="default: %(default)s")
     parser.add_argument("--scenario", default="Offline", choices=SCENARIOS, help="default: %(default)s")
@@ -80,7 +81,7 @@ def parse_args():
     parser.add_argument("--port", type=config.count, default=8000, help="with --network=sut (default: %(default)s)")
     parser.add_argument("--sut_server", nargs="+", default=["http://localhost:8000"],
                         help="with --network=lon: the servers (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.quantized and args.dtype not in (None, "int8"):
         parser.error(f"--quantized is --dtype=int8, not {args.dtype}; give one of them")
     args.dtype = args.dtype or ("int8" if args.quantized else "fp32")
