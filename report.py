@@ -108,7 +108,9 @@ class Run:
             return "INCOMPLETE", "The run did not finish: nothing here is a result."
         if self.accuracy:
             return "ACCURACY", "An accuracy run: it shows how right the answers are, its speed does not count."
-        verdict, reason = self.log["result_validity"], self.log.get("result_invalid_reason", "").strip()
+        verdict, log = self.log["result_validity"], self.log
+        reason = "" if verdict == "VALID" else " ".join(
+            f"{log.get('result_invalid_reason', '')} {log.get('early_stopping_result', '')}".replace("*", " ").split())
         if self.trial:
             seconds = self.log.get("effective_min_duration_ms", 0) / 1000
             return "TRIAL", (f"A short trial, no official result: at least {number(seconds)} s were asked for, MLPerf asks "
@@ -251,7 +253,7 @@ def save(made, out, name, title, alt, caption):
     made.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg"):]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every picture has the same ones
     for color, value in COLORS.items():
         svg = svg.replace(value, f"var(--{color})")
@@ -260,19 +262,23 @@ def save(made, out, name, title, alt, caption):
 
 
 def middle_lines(axes, x, y, bins):
-    """Draw median and 99th percentile of `y` over `bins` ranges of `x`, where a range has samples."""
+    """Draw median and 99th percentile of `y` over at most `bins` ranges of `x`, of 20 samples and more on average."""
+    bins = min(bins, len(x) // 20)
+    if bins < 2:
+        return
     edges = np.linspace(x.min(), x.max(), bins + 1)
     place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, bins - 1)
     filled = [row for row in range(bins) if (place == row).any()]
     centers = (edges[filled] + edges[np.array(filled) + 1]) / 2
     for percent, color, label in ((50, SERIES[0], "median"), (99, SERIES[1], "99th percentile")):
         axes.plot(centers, [np.percentile(y[place == row], percent) for row in filled], color=color, label=label,
-                  linestyle="-" if percent == 50 else "--", marker="o" if len(filled) == 1 else None)
+                  linestyle="-" if percent == 50 else "--")
 
 
 def dots(axes, x, y):
     """Draw the points as an image: as many shapes as a run has samples would be megabytes."""
-    axes.plot(x, y, ".", color=DOTS, markersize=3, alpha=max(0.1, min(0.6, 1000 / len(x))), rasterized=True)
+    axes.plot(x, y, ".", color=DOTS, markersize=3 if len(x) > 300 else 7, alpha=max(0.1, min(0.8, 1000 / len(x))),
+              rasterized=True)
 
 
 def counted(run):
@@ -303,7 +309,6 @@ def percentile_curve(axes, latencies, color, label, style="-"):
     ticks = [0, 50, 90, 99, 99.9, 99.99, 99.999]
     ticks = [tick for tick in ticks if (1 - tick / 100) * len(latencies) >= 0.5]
     axes.set_xticks([-np.log10(1 - tick / 100) for tick in ticks], [f"{tick:g} %" for tick in ticks])
-    axes.set_ylim(bottom=0)
 
 
 def rate_curve(run, bins=60):
@@ -337,6 +342,7 @@ def run_pictures(run, out, prefix):
     made, axes = new_axes(title, f"share of {unit}", "latency, ms")
     percentile_curve(axes, latency, SERIES[0], None)
     mark_target(axes, run, axes.axhline)
+    axes.set_ylim(bottom=0)
     pictures.append(save(made, out, f"{prefix}percentiles", title, f"Curve of latency over percentile. {spread}",
                          f"The tail is stretched: how long the slowest {unit} take."))
 
@@ -403,7 +409,7 @@ def comparing_pictures(runs, out):
                     percentile_curve(axes, latency * 1e3, color, run.name, style)
                 else:
                     axes.plot(*rate_curve(run), color=color, label=run.name, linestyle=style)
-                    axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=0)
             pictures.append(save(made, out, f"compare-{scenario}-{slug}", title, f"{title} of {names}; the figures are in "
                                  "the table of the runs side by side.", f"Of {names}."))
     return pictures
