@@ -78,7 +78,7 @@ def describe(args, backend, batch_tokens):
 def finish(record):
     """Add to the record of a run that has ended when that was, and the model's md5 (3 s for BERT-Large's file)."""
     record["finished"] = now()
-    if record["model"]:
+    if record["model"] and os.path.isfile(record["model"]):
         with open(record["model"], "rb") as file:
             record["model_md5"] = hashlib.file_digest(file, "md5").hexdigest()
 

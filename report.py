@@ -15,11 +15,16 @@ import os
 import re
 from dataclasses import dataclass, field
 
-import jinja2
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+
+try:
+    import jinja2
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"report.py: error: the package {missing.name} is not installed; `make venv BACKEND=report` "
+                     "installs it") from None
 
 import config
 import record

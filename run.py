@@ -39,11 +39,7 @@ REFUSED = {
     "ray": "not built yet; use --backend=pytorch",
 }
 
-QUICK_S = 10  # the least seconds of a --quick run
-OFFLINE_SLACK = 1.1  # LoadGen's: Offline's query lasts so many times the least duration at target_qps
 BATCH_TOKENS = 4096  # a batch at most; measured on a CPU, where more gains nothing
-
-DETAIL_LOG, SUMMARY = "mlperf_log_detail.txt", "mlperf_log_summary.txt"  # LoadGen's names
 
 # The figure that counts: scenario -> (what it is, unit, how many of LoadGen's units make one, LoadGen's names for it in
 # its detail log). MLPerf counts a latency's early-stopping estimate; a run too short to have one gives the percentile.
@@ -55,6 +51,11 @@ RESULTS = {
     "MultiStream": ("99th percentile latency", "ms", 1e6,
                     ("early_stopping_latency_ms", "result_99.00_percentile_per_query_latency_ns")),
 }
+
+DETAIL_LOG, SUMMARY = "mlperf_log_detail.txt", "mlperf_log_summary.txt"  # LoadGen's names
+
+QUICK_S = 10  # the least seconds of a --quick run
+OFFLINE_SLACK = 1.1  # LoadGen's: Offline's query lasts so many times the least duration at target_qps
 
 
 def one_of(names):
