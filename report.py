@@ -44,7 +44,7 @@ COLORS = {"ink": "#1f2329", "muted": "#59636f", "grid": "#d8dee5", "limit": "#c4
 SERIES = [COLORS[f"s{number}"] for number in range(1, 7)]
 DOTS = "#6d8fbb"  # readable on white and on black, since dots are drawn as an image
 LINES = ("-", "--", "-.", ":")
-STYLE = {"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif", "axes.spines.top": False,
+STYLE = {"svg.fonttype": "none", "font.size": 10.5, "font.family": "sans-serif", "axes.spines.top": False,
          "axes.spines.right": False, "text.color": COLORS["ink"], "axes.labelcolor": COLORS["ink"],
          "axes.edgecolor": COLORS["muted"], "xtick.color": COLORS["muted"], "ytick.color": COLORS["muted"],
          "axes.grid": True, "grid.color": COLORS["grid"], "grid.linewidth": 0.8, "axes.axisbelow": True,
@@ -240,7 +240,7 @@ class Picture:
 
 
 def new_axes(title, x, y):
-    made = Figure(figsize=(5.4, 3.3), layout="constrained")
+    made = Figure(figsize=(4.8, 3.1), layout="constrained")
     axes = made.add_subplot(title=title, xlabel=x, ylabel=y)
     axes.grid(axis="x", visible=False)
     for axis in (axes.xaxis, axes.yaxis):
@@ -311,8 +311,7 @@ def percentile_curve(axes, latencies, color, label, style="-"):
     keep = np.unique(np.concatenate((np.linspace(0, len(share) - 1, 400).astype(int),
                                      len(share) - 1 - np.geomspace(1, len(share), 200).astype(int) + 1)))
     axes.plot(-np.log10(1 - share[keep]), np.sort(latencies)[keep], color=color, label=label, linestyle=style)
-    ticks = [0, 50, 90, 99, 99.9, 99.99, 99.999]
-    ticks = [tick for tick in ticks if (1 - tick / 100) * len(latencies) >= 0.5]
+    ticks = [tick for tick in (50, 90, 99, 99.9, 99.99, 99.999) if -np.log10(1 - tick / 100) <= axes.dataLim.x1]
     axes.set_xticks([-np.log10(1 - tick / 100) for tick in ticks], [f"{tick:g} %" for tick in ticks])
 
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -349,8 +350,9 @@ def test_a_terminal_shows_a_runs_progress_and_nothing_else_does(script, tmp_path
                                         .replace("target_qps = 100", "target_qps = 151.6"))
     (tmp_path / "slow.py").write_text(FAULTY.replace("BODY", "time.sleep(0.1)"))
     command = [sys.executable, str(tmp_path / "slow.py"), "--backend=pytorch", *args]
-    env = {**os.environ, **DEMO_ENV, "TERM": "xterm", "COLUMNS": "120"}
+    env = {**os.environ, **DEMO_ENV, "TERM": "xterm"}
     main, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
     shown = b""
