@@ -1,4 +1,4 @@
-"""What LoadGen's logs do not know of a run: run.json beside them, written by run.py and read by report.py."""
+"""What LoadGen's logs do not know of a run: record.json beside them, written by run.py and read by report.py."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import time
 import config
 from config import UserError
 
-RECORD = "run.json"
+RECORD = "record.json"
 # Where the environment decides something, README says what.
 VARIABLES = ("ML_MODEL_FILE_WITH_PATH", "VOCAB_FILE", "DATASET_FILE", "CALIBRATION_FILE", "USE_GPU",
              "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER", "MLC_MAX_NUM_THREADS", "TF_INTRA_OP_PARALLELISM_THREADS",
@@ -84,7 +84,7 @@ def finish(record):
 
 
 def write(folder, record):
-    """Write `record` as run.json in `folder`. Raises UserError where it cannot."""
+    """Write `record` as record.json in `folder`. Raises UserError where it cannot."""
     path = os.path.join(folder, RECORD)
     try:
         with open(path, "w", encoding="utf-8") as file:

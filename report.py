@@ -4,7 +4,7 @@
     python3 report.py logs-fp32 logs-int8        compares runs: build/report/report.html
 
 A log folder is one that run.py wrote, or any other harness under LoadGen. The figures that count are LoadGen's own, of
-its detail log; the pictures come from each sample's latency in LoadGen's trace. What else run.py knows is in run.json.
+its detail log; the pictures come from each sample's latency in LoadGen's trace. What else run.py knows is in record.json.
 report_template.html is the page.
 """
 
@@ -168,7 +168,7 @@ def read_run(folder, name):
                 if isinstance(entry.get("metadata"), dict) and entry["metadata"].get(f"is_{kind}")]
     run = Run(folder, name, log, list(dict.fromkeys(problems)), record.read(folder), read_trace(folder))
     if not run.record:
-        run.notes.append("There is no run.json in this folder, so the system, the model and the versions are not known.")
+        run.notes.append("There is no record.json in this folder, so the system, the model and the versions are not known.")
     if not run.accuracy and run.samples is None:
         run.notes.append("LoadGen's trace holds no samples, so there are no pictures; run.py turns the trace on.")
     return run
@@ -459,7 +459,7 @@ def settings(run):
 
 
 def system(run):
-    """What run.json says: {name: value in words}."""
+    """What record.json says: {name: value in words}."""
     known = run.record
     found = {"backend": known.get("backend"), "dtype": known.get("dtype"), "tokens a batch at most": known.get("batch_tokens"),
              "model": known.get("model"), "model's md5": known.get("model_md5"), "data set": known.get("dataset"),
@@ -529,9 +529,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="LOG_FOLDER", help="where LoadGen's logs are; several are compared")
     parser.add_argument("--out", help=f"folder to write into (default: LOG_FOLDER, for several {config.BUILD_DIR}/report)")
-    parser.add_argument("--val_data", help="the runs' SQuAD v1.1 JSON file (default: the one in run.json, else "
+    parser.add_argument("--val_data", help="the runs' SQuAD v1.1 JSON file (default: the one in record.json, else "
                                            f"{config.env('DATASET_FILE', config.DATASET)})")
-    parser.add_argument("--vocab_file", help="the runs' vocab.txt (default: the one in run.json, else "
+    parser.add_argument("--vocab_file", help="the runs' vocab.txt (default: the one in record.json, else "
                                              f"{config.env('VOCAB_FILE', config.VOCAB)})")
     parser.add_argument("--output_dtype", default="float32", choices=DTYPES,
                         help="type of the logged responses (default: %(default)s)")

@@ -213,9 +213,9 @@ def test_an_accuracy_run_shows_its_score_and_worst_answers(report, copied, logs)
 
 
 def test_another_harnesss_logs_make_a_report(report, copied, logs):
-    """Without run.json, and with responses of 384 pairs, as the MLPerf reference leaves them."""
+    """Without record.json, and with responses of 384 pairs, as the MLPerf reference leaves them."""
     folder = copied("accuracy")
-    (folder / "run.json").unlink()
+    (folder / "record.json").unlink()
     path = folder / "mlperf_log_accuracy.json"
     entries = json.loads(path.read_text())
     for entry in entries:
@@ -225,10 +225,10 @@ def test_another_harnesss_logs_make_a_report(report, copied, logs):
     page = report(folder)
     figures = json.loads((logs / "accuracy.stdout").read_text().splitlines()[-1])
     assert dict(page.table("The answers"))["F1"] == f"{figures['f1']:.3f} %"
-    assert "no run.json" in page.text
+    assert "no record.json" in page.text
 
     folder = copied("Offline")
-    (folder / "run.json").unlink()
+    (folder / "record.json").unlink()
     (folder / "mlperf_log_trace.json").unlink()
     page = report(folder)
     assert "no pictures" in page.text and page.badges == ["TRIAL"]
@@ -237,10 +237,10 @@ def test_another_harnesss_logs_make_a_report(report, copied, logs):
 def test_without_the_data_set_the_page_says_what_is_missing(report, copied):
     for name, words in (("accuracy", "there is no score"), ("Server", "no picture of latency against length")):
         folder = copied(name)
-        record = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps({**record, "dataset": "gone.json"}))
+        record = json.loads((folder / "record.json").read_text())
+        (folder / "record.json").write_text(json.dumps({**record, "dataset": "gone.json"}))
         assert words in report(folder).text
-        (folder / "run.json").unlink()
+        (folder / "record.json").unlink()
         edit(folder, "qsl_reported_total_count", 10833)
         page = report(folder)
         assert words in page.text and "The run had 10833 samples" in page.text
@@ -249,8 +249,8 @@ def test_without_the_data_set_the_page_says_what_is_missing(report, copied):
 def test_runs_stand_side_by_side(report, copied, tmp_path):
     first = copied("Server")
     second = shutil.copytree(first, tmp_path / "other")
-    record = json.loads((second / "run.json").read_text())
-    (second / "run.json").write_text(json.dumps({**record, "dtype": "bf16"}))
+    record = json.loads((second / "record.json").read_text())
+    (second / "record.json").write_text(json.dumps({**record, "dtype": "bf16"}))
     page = report(first, second, copied("accuracy"), "--out", tmp_path / "page")
     rows = page.table("System")
     assert rows[0] == ["", "Server", "other", "accuracy"]
@@ -295,8 +295,8 @@ def test_what_cannot_be_used_is_named(script, copied, tmp_path):
     (folder / "mlperf_log_detail.txt").write_text("")
     fails(script("report.py", folder), "Server", "no scenario")
     (folder / "mlperf_log_detail.txt").write_text(detail)
-    (folder / "run.json").write_text("{")
-    fails(script("report.py", folder), "run.json", "damaged")
+    (folder / "record.json").write_text("{")
+    fails(script("report.py", folder), "record.json", "damaged")
 
 
 def test_a_phone_need_not_scroll_sideways(report, copied, tmp_path):

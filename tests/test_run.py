@@ -330,7 +330,7 @@ def test_a_quick_run_claims_no_result(null, tmp_path):
 def test_a_runs_record_stands_beside_its_logs_and_moves_with_them(run, tmp_path):
     result = run("--backend=pytorch", "--max_examples=8", "--accuracy", LOG_PATH="logs", MLC_MAX_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
-    record = json.loads((tmp_path / "logs/run.json").read_text())
+    record = json.loads((tmp_path / "logs/record.json").read_text())
     with open(ROOT / "demo/model/model.safetensors", "rb") as file:
         assert record["model_md5"] == hashlib.file_digest(file, "md5").hexdigest()
     assert record["dtype"] == "fp32" and record["backend"] in result.stderr and record["max_examples"] == 8
