@@ -4,8 +4,8 @@
     python3 report.py logs-fp32 logs-int8        compares runs: build/report/report.html
 
 A log folder is one that run.py wrote, or any other harness under LoadGen. The figures that count are LoadGen's own, of
-its detail log; the pictures come from each sample's latency in LoadGen's trace. What else run.py knows is in record.json.
-report_template.html is the page.
+its detail log; the pictures come from each sample's latency in LoadGen's trace. What else run.py knows is in
+record.json. report_template.html is the page.
 """
 
 import argparse
@@ -50,7 +50,7 @@ STYLE = {"svg.fonttype": "none", "font.size": 10.5, "font.family": "sans-serif",
          "axes.grid": True, "grid.color": COLORS["grid"], "grid.linewidth": 0.8, "axes.axisbelow": True,
          "legend.frameon": False, "lines.linewidth": 1.8, "axes.titlesize": 11, "axes.titlelocation": "left"}
 
-# A sample in LoadGen's trace: when it was scheduled (microseconds), which it is, when it was answered, counted from then.
+# A sample in LoadGen's trace: when it was scheduled (microseconds), which it is, nanoseconds from then to its answer.
 SAMPLE = re.compile(rb'"ts":([\d.]+),"args":\{"sample_seq":\d+,"query_seq":(\d+),"sample_idx":(\d+),'
                     rb'"issue_start_ns":-?\d+,"complete_ns":(\d+)')
 
@@ -118,8 +118,8 @@ class Run:
             f"{log.get('result_invalid_reason', '')} {log.get('early_stopping_result', '')}".replace("*", " ").split())
         if self.trial:
             seconds = self.log.get("effective_min_duration_ms", 0) / 1000
-            return "TRIAL", (f"A short trial, no official result: at least {number(seconds)} s were asked for, MLPerf asks "
-                             f"for {OFFICIAL_MS // 1000} s. Under these settings LoadGen's verdict is {verdict}"
+            return "TRIAL", (f"A short trial, no official result: at least {number(seconds)} s were asked for, MLPerf "
+                             f"asks for {OFFICIAL_MS // 1000} s. Under these settings LoadGen's verdict is {verdict}"
                              + (f": {reason}" if reason else "."))
         if verdict == "VALID":
             return verdict, "LoadGen calls this run valid under its settings below."
@@ -143,7 +143,8 @@ def read_trace(folder):
             if not os.fstat(file.fileno()).st_size:
                 return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                rows = np.fromiter((float(value) for match in SAMPLE.finditer(content) for value in match.groups()), float)
+                rows = np.fromiter((float(value) for match in SAMPLE.finditer(content) for value in match.groups()),
+                                   float)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -168,7 +169,7 @@ def read_run(folder, name):
                 if isinstance(entry.get("metadata"), dict) and entry["metadata"].get(f"is_{kind}")]
     run = Run(folder, name, log, list(dict.fromkeys(problems)), record.read(folder), read_trace(folder))
     if not run.record:
-        run.notes.append("There is no record.json in this folder, so the system, the model and the versions are not known.")
+        run.notes.append("There is no record.json in this folder, so system, model and versions are not known.")
     if not run.accuracy and run.samples is None:
         run.notes.append("LoadGen's trace holds no samples, so there are no pictures; run.py turns the trace on.")
     return run
@@ -192,16 +193,16 @@ class DataSets:
                       for given, own, default in zip(self.given, recorded, config.dataset_files()))
         for path, given in zip(paths, self.given):
             if not os.path.isfile(path) and not given:
-                run.notes.append(f"{path} is absent, so there is {self.lost(run)}; --val_data and --vocab_file name the "
-                                 "run's data set and vocabulary.")
+                run.notes.append(f"{path} is absent, so there is {self.lost(run)}; --val_data and --vocab_file name "
+                                 "the run's data set and vocabulary.")
                 return None
         if paths not in self.known:
             self.known[paths] = *load_features(*paths), read_vocab(paths[1])
         count, features = run.log.get("qsl_reported_total_count"), self.known[paths][1]
         expected = run.record.get("max_examples") or len(features)
         if count != expected and not all(self.given):
-            run.notes.append(f"The run had {count} samples, {paths[0]} makes {expected}: it is not the run's data set, so "
-                             f"there is {self.lost(run)}; --val_data and --vocab_file name the right ones.")
+            run.notes.append(f"The run had {count} samples, {paths[0]} makes {expected}: it is not the run's data set, "
+                             f"so there is {self.lost(run)}; --val_data and --vocab_file name the right ones.")
             return None
         if run.samples and run.samples.index.max() >= len(features):
             raise UserError(f"{paths[0]}: makes {len(features)} samples, {run.folder} has number "
@@ -213,7 +214,7 @@ class DataSets:
 
 
 def score_run(run, data, dtype, transposed):
-    """Set the score of an accuracy run on its data set (of `DataSets.of`). Raises UserError where its log is damaged."""
+    """Set the score of an accuracy run; `data` is of `DataSets.of`. Raises UserError where the log is damaged."""
     squad, features, vocab = data
     logits = read_log(os.path.join(run.folder, config.ACCURACY_LOG), len(features), dtype, transposed)
     figures, answers = score_log(squad, features, vocab, logits)
@@ -262,7 +263,7 @@ def save(made, out, name, title, alt, caption):
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every picture has the same ones
     for color, value in COLORS.items():
         svg = svg.replace(value, f"var(--{color})")
-    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
+    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)  # HTML needs no namespaces
     return Picture(name, title, alt, caption, svg)
 
 
@@ -339,8 +340,8 @@ def run_pictures(run, out, prefix):
     made, axes = new_axes(title, "latency, ms", unit)
     axes.hist(latency, bins=50, color=SERIES[0], range=(0, max(np.percentile(latency, 99.9), (limit or 0) * 1.05)))
     mark_target(axes, run, axes.axvline)
-    pictures.append(save(made, out, f"{prefix}histogram", title, f"Histogram of the latency of {len(latency):,} {unit}. {spread}",
-                         spread))
+    pictures.append(save(made, out, f"{prefix}histogram", title,
+                         f"Histogram of the latency of {len(latency):,} {unit}. {spread}", spread))
 
     title = "Latency by percentile"
     made, axes = new_axes(title, f"share of {unit}", "latency, ms")
@@ -414,8 +415,8 @@ def comparing_pictures(runs, out):
                 else:
                     axes.plot(*rate_curve(run), color=color, label=run.name, linestyle=style)
             axes.set_ylim(bottom=0)
-            pictures.append(save(made, out, f"compare-{scenario}-{slug}", title, f"{title} of {names}; the figures are in "
-                                 "the table of the runs side by side.", f"Of {names}."))
+            pictures.append(save(made, out, f"compare-{scenario}-{slug}", title, f"{title} of {names}; the figures "
+                                 "are in the table of the runs side by side.", f"Of {names}."))
     return pictures
 
 
@@ -461,8 +462,8 @@ def settings(run):
 def system(run):
     """What record.json says: {name: value in words}."""
     known = run.record
-    found = {"backend": known.get("backend"), "dtype": known.get("dtype"), "tokens a batch at most": known.get("batch_tokens"),
-             "model": known.get("model"), "model's md5": known.get("model_md5"), "data set": known.get("dataset"),
+    found = {"backend": known.get("backend"), "dtype": known.get("dtype"),
+             "tokens a batch at most": known.get("batch_tokens"), "model": known.get("model"), "model's md5": known.get("model_md5"), "data set": known.get("dataset"),
              "vocabulary": known.get("vocab"), "processor": known.get("processor"), "cores": known.get("cores"),
              "GPU": known.get("gpu"),
              "memory": f"{number(known['memory_bytes'] / 2**30)} GiB" if known.get("memory_bytes") else None,
@@ -527,8 +528,10 @@ def write_report(folders, out, data_sets=None, dtype="float32", transposed=False
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", metavar="LOG_FOLDER", help="where LoadGen's logs are; several are compared")
-    parser.add_argument("--out", help=f"folder to write into (default: LOG_FOLDER, for several {config.BUILD_DIR}/report)")
+    parser.add_argument("folders", nargs="+", metavar="LOG_FOLDER",
+                        help="where LoadGen's logs are; several are compared")
+    parser.add_argument("--out",
+                        help=f"folder to write into (default: LOG_FOLDER, for several {config.BUILD_DIR}/report)")
     parser.add_argument("--val_data", help="the runs' SQuAD v1.1 JSON file (default: the one in record.json, else "
                                            f"{config.env('DATASET_FILE', config.DATASET)})")
     parser.add_argument("--vocab_file", help="the runs' vocab.txt (default: the one in record.json, else "

@@ -80,10 +80,11 @@ def parse_args():
                        help=f"{', '.join(SCENARIOS)}, in any case (default: %(default)s)")
     group.add_argument("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
     group.add_argument("--quick", action="store_true",
-                       help=f"a performance trial of {QUICK_S} seconds instead of MLPerf's ten minutes: no official result")
+                       help=f"a performance trial of {QUICK_S} seconds instead of ten minutes: no official result")
     group.add_argument("--find_peak", action="store_true",
                        help="with --scenario=Server: find the highest target_qps with a VALID result")
-    group.add_argument("--max_examples", type=config.count, metavar="N", help="use the first N samples only (default: all)")
+    group.add_argument("--max_examples", type=config.count, metavar="N",
+                       help="use the first N samples only (default: all)")
     group.add_argument("--report", action="store_true", help="afterwards, write report.html into the log folder")
 
     group = parser.add_argument_group("how to compute")
@@ -222,7 +223,8 @@ def announce(args, settings):
         seconds = least_seconds(settings)
         end = time.localtime(time.time() + seconds)
         length = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.3g} seconds"
-        least = f"at target_qps {settings.offline_expected_qps:g} it takes" if args.scenario == "Offline" else "at least"
+        offline = f"at target_qps {settings.offline_expected_qps:g} it takes"
+        least = offline if args.scenario == "Offline" else "at least"
         text += f"; {least} {length}, until {time.strftime('%H:%M:%S' if seconds < 120 else '%a %H:%M', end)}"
         text += "; a short trial, no official result" if args.quick else "; --quick makes a short trial"
     stage(text)

@@ -96,8 +96,8 @@ def report(script, tmp_path):
 def edit(folder, key, value):
     """Set what LoadGen's detail log in `folder` says of `key`."""
     path = folder / "mlperf_log_detail.txt"
-    text, count = re.subn(f'("key": "{key}", "value": )("[^"]*"|[^,"]*),', lambda match: match[1] + json.dumps(value) + ",",
-                          path.read_text())
+    text, count = re.subn(f'("key": "{key}", "value": )("[^"]*"|[^,"]*),',
+                          lambda match: match[1] + json.dumps(value) + ",", path.read_text())
     assert count
     path.write_text(text)
 
@@ -272,7 +272,8 @@ def test_run_writes_the_report_of_its_own_run(script, tmp_path):
 
 
 def test_the_report_of_24576_samples_is_fast_and_small(script, tmp_path):
-    (tmp_path / "user.conf").write_text("*.Offline.target_qps = 2240000\n*.*.min_duration = 10\n*.*.min_query_count = 1\n")
+    (tmp_path / "user.conf").write_text("*.Offline.target_qps = 2240000\n*.*.min_duration = 10\n"
+                                        "*.*.min_query_count = 1\n")
     (tmp_path / "null.py").write_text(FAULTY.replace("BODY", "pass"))
     result = script(tmp_path / "null.py", "--backend=pytorch", LOG_PATH="logs")
     assert result.returncode == 0, result.stderr
@@ -312,8 +313,9 @@ def test_a_phone_need_not_scroll_sideways(report, copied, tmp_path):
         (tmp_path / "frame.html").write_text(
             "<script>onmessage = event => document.title = `width ${event.data}`</script>"
             f'<iframe style="width: 360px; height: 800px; border: 0" srcdoc="{frame}"></iframe>', encoding="utf-8")
-        shown = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                                "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        shown = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                                "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
                                 f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=5000", "--dump-dom",
-                                f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=120, check=True)
+                                f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=120,
+                               check=True)
         assert int(re.search("<title>width ([0-9]+)", shown.stdout)[1]) <= 360
