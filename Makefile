@@ -26,7 +26,7 @@ setup: $(call packages,setup) ## fetch data set and BERT-Large into build/data; 
 .PHONY: demo
 demo: venv $(DEMO_MODEL) ## run the embedded tiny BERT on its tiny data set: accuracy, then speed
 	$(DEMO) --accuracy
-	$(DEMO) --user_conf demo/user.conf
+	$(DEMO) --quick
 
 build/demo/model.ckpt.index: demo/model/model.safetensors | $(call packages,convert)
 	$(PYTHON) bert_pytorch_to_tf.py --model demo/model --tf_checkpoint build/demo/model.ckpt

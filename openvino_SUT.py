@@ -22,7 +22,7 @@ class OpenVinoBackend:
 
     def __init__(self, args):
         """`args` are run.py's. Raises UserError where the model cannot be used."""
-        path = config.onnx_model(args.dtype)
+        self.path = path = config.onnx_model(args.dtype)
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such model file; `make setup` fetches BERT-Large, "
                             "ML_MODEL_FILE_WITH_PATH names another")

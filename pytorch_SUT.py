@@ -230,6 +230,7 @@ class PyTorchBackend:
         if threads:
             torch.set_num_threads(threads)
         self.model = config.env("ML_MODEL_FILE_WITH_PATH", config.PYTORCH_MODEL)
+        self.path = model_files(self.model)[1]
         self.sizes, weights = read_weights(self.model)
         self.vocab_size = self.sizes["vocab_size"]
 
@@ -279,7 +280,9 @@ class PyTorchReference:
             raise UserError("--reference needs the package transformers; "
                             "`make venv BACKEND=reference` installs it") from None
         self.device = torch.device("cuda" if config.use_gpu() and torch.cuda.is_available() else "cpu")
-        sizes, weights = read_weights(config.env("ML_MODEL_FILE_WITH_PATH", config.PYTORCH_MODEL))
+        model = config.env("ML_MODEL_FILE_WITH_PATH", config.PYTORCH_MODEL)
+        self.path = model_files(model)[1]
+        sizes, weights = read_weights(model)
         self.vocab_size = sizes["vocab_size"]
         model = BertForQuestionAnswering(BertConfig(**sizes))
         model.load_state_dict(weights, assign=True)

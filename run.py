@@ -2,12 +2,16 @@
 
     python3 run.py --backend=pytorch --scenario=Offline               performance: LoadGen's figures
     python3 run.py --backend=pytorch --scenario=Offline --accuracy    accuracy: exact match and F1
+    python3 run.py --backend=pytorch --scenario=Server --quick        a trial of seconds, no official result
     python3 run.py --network=sut --backend=pytorch                    serve the model to LoadGen on another machine
     python3 run.py --network=lon --sut_server http://HOST:8000 …      LoadGen, with the models of such servers
 """
 
 import argparse
+import contextlib
+import difflib
 import importlib
+import importlib.util
 import json
 import os
 import queue
@@ -19,6 +23,8 @@ import traceback
 
 import config
 from config import UserError
+from record import RECORD, describe, finish
+from record import write as write_record
 
 SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
 
@@ -49,44 +55,80 @@ RESULTS = {
                     ("early_stopping_latency_ms", "result_99.00_percentile_per_query_latency_ns")),
 }
 
+DETAIL_LOG, SUMMARY = "mlperf_log_detail.txt", "mlperf_log_summary.txt"  # LoadGen's names
+
+QUICK_S = 10  # the least seconds of a --quick run
+OFFLINE_SLACK = 1.1  # LoadGen's: Offline's query lasts so many times the least duration at target_qps
+
+
+def one_of(names):
+    """A parser of one of `names` in any case, for argparse: gives the name as written there."""
+    def parse(text):
+        known = {name.lower(): name for name in names}
+        if text.lower() in known:
+            return known[text.lower()]
+        near = difflib.get_close_matches(text.lower(), known, 1, 0.5)
+        hint = f"did you mean {known[near[0]]}?" if near else "choose one."
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}; {hint}")
+    return parse
+
 
 def parse_args(words=None):
     """The command line `words`, the process's own by default. Ends the process where it is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="tf", choices=[*BACKENDS, *RAY, *REFUSED], help="default: %(default)s")
-    parser.add_argument("--scenario", default="Offline", choices=SCENARIOS, help="default: %(default)s")
-    parser.add_argument("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"),
-                        help="what the products are computed in (default: fp32, with --quantized int8)")
-    parser.add_argument("--reference", action="store_true",
-                        help="what the MLPerf reference does: the plain model, one sample at a time, padded to 384")
-    parser.add_argument("--find_peak", action="store_true",
-                        help="with --scenario=Server: find the highest target_qps with a VALID result")
-    parser.add_argument("--batch_tokens", type=config.count,
-                        help=f"tokens a batch at most (default: {BATCH_TOKENS}; Server: what a third of the target "
-                             "latency allows)")
-    parser.add_argument("--quantized", action="store_true", help="the int8 model, as --dtype=int8")
-    parser.add_argument("--profile", action="store_true", help="write onnxruntime's profile")
-    parser.add_argument("--user_conf", default="user.conf",
-                        help="LoadGen settings of the system (default: %(default)s)")
-    parser.add_argument("--audit_conf", default="audit.conf",
-                        help="LoadGen settings of a compliance run, used where the file exists (default: %(default)s)")
-    parser.add_argument("--max_examples", type=config.count, help="use the first so many samples only (default: all)")
-    parser.add_argument("--network", choices=("sut", "lon"),
-                        help="sut: serve the backend over HTTP; lon: run LoadGen with the servers of --sut_server")
-    parser.add_argument("--node", default="", help="with --network=sut: this node's name")
-    parser.add_argument("--host", default="localhost",
-                        help="with --network=sut: the address to listen on (default: %(default)s); "
-                             "whoever reaches it can use it")
-    parser.add_argument("--port", type=config.count, default=8000, help="with --network=sut (default: %(default)s)")
-    parser.add_argument("--sut_server", nargs="+", default=["http://localhost:8000"],
-                        help="with --network=lon: the servers (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="run.py [--backend B] [--scenario S] [--accuracy | --quick] [flags below]")
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--backend", default="tf", type=one_of([*BACKENDS, *RAY, *REFUSED]), metavar="B",
+                       help=f"{', '.join(BACKENDS)}, ray, ray:BACKEND (default: %(default)s)")
+    group.add_argument("--scenario", default="Offline", type=one_of(SCENARIOS), metavar="S",
+                       help=f"{', '.join(SCENARIOS)}, in any case (default: %(default)s)")
+    group.add_argument("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
+    group.add_argument("--quick", action="store_true",
+                       help=f"a performance trial of {QUICK_S} seconds instead of ten minutes: no official result")
+    group.add_argument("--find_peak", action="store_true",
+                       help="with --scenario=Server: find the highest target_qps with a VALID result")
+    group.add_argument("--max_examples", type=config.count, metavar="N",
+                       help="use the first N samples only (default: all)")
+    group.add_argument("--report", action="store_true", help="afterwards, write report.html into the log folder")
+
+    group = parser.add_argument_group("how to compute")
+    group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"),
+                       help="what the products are computed in (default: fp32, with --quantized int8)")
+    group.add_argument("--quantized", action="store_true", help="the int8 model, as --dtype=int8")
+    group.add_argument("--reference", action="store_true",
+                       help="what the MLPerf reference does: the plain model, one sample at a time, padded to 384")
+    group.add_argument("--batch_tokens", type=config.count, metavar="N",
+                       help=f"tokens a batch at most (default: {BATCH_TOKENS}; Server: what a third of the target "
+                            "latency allows)")
+    group.add_argument("--profile", action="store_true", help="write onnxruntime's profile")
+
+    group = parser.add_argument_group("LoadGen's settings")
+    group.add_argument("--user_conf", default="user.conf", metavar="FILE",
+                       help="LoadGen settings of the system (default: %(default)s)")
+    group.add_argument("--audit_conf", default="audit.conf", metavar="FILE",
+                       help="LoadGen settings of a compliance run, used where the file exists (default: %(default)s)")
+
+    group = parser.add_argument_group("over the network")
+    group.add_argument("--network", choices=("sut", "lon"),
+                       help="sut: serve the backend over HTTP; lon: run LoadGen with the servers of --sut_server")
+    group.add_argument("--node", default="", help="with --network=sut: this node's name")
+    group.add_argument("--host", default="localhost",
+                       help="with --network=sut: the address to listen on (default: %(default)s); "
+                            "whoever reaches it can use it")
+    group.add_argument("--port", type=config.count, default=8000, help="with --network=sut (default: %(default)s)")
+    group.add_argument("--sut_server", nargs="+", default=["http://localhost:8000"], metavar="URL",
+                       help="with --network=lon: the servers (default: http://localhost:8000)")
     args = parser.parse_args(words)
     if args.quantized and args.dtype not in (None, "int8"):
         parser.error(f"--quantized is --dtype=int8, not {args.dtype}; give one of them")
     args.dtype = args.dtype or ("int8" if args.quantized else "fp32")
     if args.find_peak and (args.scenario != "Server" or args.accuracy):
         parser.error("--find_peak goes with --scenario=Server in performance mode")
+    if args.quick and (args.accuracy or args.find_peak):
+        parser.error("--quick goes with a performance run; --accuracy is made short by --max_examples, and --find_peak "
+                     "needs VALID runs")
+    if args.report and args.find_peak:
+        parser.error("--report goes with one run; report.py reports on the folders of --find_peak's runs")
     if args.reference and args.dtype != "fp32":
         parser.error(f"--reference is the fp32 model, not {args.dtype}; leave one of them out")
     return args
@@ -140,10 +182,14 @@ def loadgen_settings(args):
     if args.audit_conf != "audit.conf" and not os.path.isfile(args.audit_conf):
         raise UserError(f"{args.audit_conf}: no such file; --audit_conf names the settings of a compliance run")
 
+    if args.quick:
+        settings.min_duration_ms = QUICK_S * 1000
+        settings.min_query_count = 1
+
     log_settings = lg.LogSettings()
     log_settings.log_output.outdir = config.env("LOG_PATH", config.LOG_DIR)
-    log_settings.log_output.copy_summary_to_stdout = True
-    log_settings.enable_trace = False
+    log_settings.log_output.copy_summary_to_stdout = False  # into a progress line; `test` prints it
+    log_settings.enable_trace = True  # each sample's latency, for report.py; written by a thread of LoadGen's
     return settings, log_settings
 
 
@@ -151,7 +197,7 @@ def prepare_log_folder(folder):
     """Make the log folder; move the logs of an earlier run aside, so that they are never taken for this one's."""
     try:
         os.makedirs(folder, exist_ok=True)
-        old = [name for name in os.listdir(folder) if name.startswith("mlperf_log_")]
+        old = [name for name in os.listdir(folder) if name.startswith(("mlperf_log_", "report")) or name == RECORD]
         if old:
             when = max(os.path.getmtime(os.path.join(folder, name)) for name in old)
             aside = f"{os.path.abspath(folder)}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(when))}"
@@ -177,6 +223,55 @@ def batch_tokens(scenario, settings, backend, qsl):
     backend.predict(batch)
     tokens_a_second = batch.lengths.sum() / (time.perf_counter() - start)
     return min(BATCH_TOKENS, max(1, int(tokens_a_second * settings.server_target_latency_ns / 1e9 / 3)))
+
+
+def least_seconds(settings):
+    """How long LoadGen's performance test takes at least; Offline's at target_qps."""
+    duration, queries, scenario = settings.min_duration_ms / 1e3, settings.min_query_count, settings.scenario.name
+    if scenario == "Offline":
+        return max(OFFLINE_SLACK * duration, queries / settings.offline_expected_qps)
+    return max(duration, queries / settings.server_target_qps if scenario == "Server" else 0)
+
+
+def announce(args, settings):
+    """Tell the user that the run starts, how long it takes and how to make a short one."""
+    mode = "accuracy" if args.accuracy else "performance"
+    text = f"running {args.scenario}, {mode} mode"
+    if not args.accuracy:
+        seconds = least_seconds(settings)
+        end = time.localtime(time.time() + seconds)
+        length = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.3g} seconds"
+        offline = f"at target_qps {settings.offline_expected_qps:g} it takes"
+        least = offline if args.scenario == "Offline" else "at least"
+        text += f"; {least} {length}, until {time.strftime('%H:%M:%S' if seconds < 120 else '%a %H:%M', end)}"
+        text += "; a short trial, no official result" if args.quick else "; --quick makes a short trial"
+    stage(text)
+
+
+def progress(sut, qsl, settings, seconds):
+    """How far a run is after `seconds`: (the fraction done, samples done and their rate in words)."""
+    done, scenario = sut.answered, settings.scenario.name
+    text = f"{done} samples, {done / seconds:.4g} samples/s"
+    if settings.mode.name == "AccuracyOnly" or scenario == "Offline":
+        total = len(qsl) if settings.mode.name == "AccuracyOnly" else sut.issued
+        return done / max(total, 1), text.replace(" ", f" of {total} ", 1)
+    least = settings.min_query_count * (settings.multi_stream_samples_per_query if scenario == "MultiStream" else 1)
+    return min(1, seconds * 1e3 / max(settings.min_duration_ms, 1), done / max(least, 1)), text
+
+
+def wait(outcome, sut, qsl, settings):
+    """What is put on the queue `outcome`. Until then, on a terminal, a line shows how far the run is."""
+    if not sys.stderr.isatty():
+        return outcome.get()
+    from tqdm import tqdm
+
+    start = time.monotonic()
+    with tqdm(total=1, leave=False, bar_format="{percentage:3.0f}%|{bar}| {desc}, {remaining} left") as bar:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return outcome.get(timeout=0.5)
+            bar.n, text = progress(sut, qsl, settings, time.monotonic() - start)
+            bar.set_description_str(text)
 
 
 def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
@@ -209,7 +304,7 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
     sys.stdout.flush()
     try:
         threading.Thread(target=test, daemon=True).start()
-        error = outcome.get()
+        error = wait(outcome, sut, qsl, settings)
         if error is None:
             return
         if not isinstance(error, UserError):
@@ -229,23 +324,42 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
     os._exit(status)
 
 
+def detail_entries(folder):
+    """The entries of LoadGen's detail log in `folder`, dicts of key, value and more.
+
+    An unfinished run's last line may be cut off: it is left out. Raises UserError where the log is missing or damaged.
+    """
+    path = os.path.join(folder, DETAIL_LOG)
+    entries = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.startswith(":::MLLOG ") and line.endswith("\n"):
+                    entries.append(json.loads(line.removeprefix(":::MLLOG ")))
+                    entries[-1]["key"], entries[-1]["value"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot read LoadGen's log ({error.strerror}); give the log folder of a run") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: line {number} is damaged; give the log folder of a run") from None
+    return entries
+
+
 def read_detail_log(folder):
-    """LoadGen's detail log in `folder` as {key: value}, the last value of a key counts."""
-    path = os.path.join(folder, "mlperf_log_detail.txt")
-    values = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.startswith(":::MLLOG "):
-                entry = json.loads(line.removeprefix(":::MLLOG "))
-                values[entry["key"]] = entry["value"]
-    return values
+    """LoadGen's detail log in `folder` as {key: value}, the last value of a key counts. Raises UserError."""
+    return {entry["key"]: entry["value"] for entry in detail_entries(folder)}
 
 
-def verdict(scenario, log):
-    """The last line of a performance run: LoadGen's verdict and the one figure that counts for the scenario."""
+def figure(scenario, log):
+    """The one figure that counts for the scenario: (what it is, value, unit), value None where `log` has none."""
     what, unit, scale, keys = RESULTS[scenario]
-    figure = next(log[key] for key in keys if log[key])
-    return f"{log['result_validity']}: {scenario} {what} {figure / scale:.6g} {unit}"
+    value = next((log[key] for key in keys if log.get(key)), None)
+    return what, value and value / scale, unit
+
+
+def verdict(scenario, log, quick=False):
+    """The last line of a performance run: LoadGen's verdict (of a `quick` run none) and the figure that counts."""
+    what, value, unit = figure(scenario, log)
+    return f"{'TRIAL, no official result' if quick else log['result_validity']}: {scenario} {what} {value:.6g} {unit}"
 
 
 def find_peak(valid, start):
@@ -288,6 +402,8 @@ def main():
     from create_squad_data import load_features, read_vocab
     from squad_QSL import SquadQSL
 
+    if args.report and not all(map(importlib.util.find_spec, ("jinja2", "matplotlib"))):
+        raise UserError("--report needs jinja2 and matplotlib; `make venv BACKEND=report` installs them")
     settings, log_settings = loadgen_settings(args)
     log_folder = log_settings.log_output.outdir
     prepare_log_folder(log_folder)
@@ -312,9 +428,16 @@ def main():
     max_tokens = args.batch_tokens or batch_tokens(args.scenario, settings, backend, qsl)
     batching = Batching(backend.together, max_tokens, sort=args.scenario == "Offline" and not args.reference)
     sut = SquadSUT(backend, qsl, batching, outcome.put)
+    record = describe(args, backend, max_tokens)
+
     def test():
+        folder = log_settings.log_output.outdir
+        write_record(folder, record)
         run_test(sut, qsl, settings, log_settings, args.audit_conf, outcome)
-        return None if args.accuracy else read_detail_log(log_settings.log_output.outdir)
+        if not args.quick:  # a trial's summary may call it VALID
+            with open(os.path.join(folder, SUMMARY), encoding="utf-8") as file:
+                print(file.read(), end="")
+        return None if args.accuracy else read_detail_log(folder)
 
     def valid(qps):
         settings.server_target_qps = qps
@@ -330,11 +453,11 @@ def main():
         sut.stop()
         print(f"{peak:.6g} samples/s is the highest target_qps found VALID; its logs are in {log_folder}")
         return
-    stage(f"running {args.scenario}, {'accuracy' if args.accuracy else 'performance'} mode")
+    announce(args, settings)
     log = test()
     sut.stop()
     if log:
-        print(verdict(args.scenario, log))
+        print(verdict(args.scenario, log, args.quick), flush=True)
     elif not os.environ.get("SKIP_VERIFY_ACCURACY"):
         from squad_eval import read_log, save_answers, score_log
 
@@ -342,7 +465,14 @@ def main():
         logits = read_log(os.path.join(log_folder, config.ACCURACY_LOG), len(features))
         figures, answers = score_log(squad, features, read_vocab(vocab_file), logits)
         save_answers(config.PREDICTIONS, answers)
-        print(json.dumps(figures))
+        print(json.dumps(figures), flush=True)
+    finish(record)
+    write_record(log_folder, record)
+    if args.report:
+        from report import write_report
+
+        stage("writing the report")
+        stage(f"wrote {write_report([log_folder], log_folder)}")
 
 
 if __name__ == "__main__":

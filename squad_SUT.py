@@ -9,6 +9,7 @@ A backend is an object with
     workers             how many threads may call predict at once
     together            which samples it wants in one batch: "any"; "equal", those of one length, where padding costs
                         more than it gains; "one", where its graph takes no more
+    path                the model's file, for the run's record; a backend without one has no such attribute
     predict(batch)      takes a `squad_QSL.Batch` and returns the start and end logits of every token, sample after
                         sample without padding, as float32 (tokens, 2)
     close()             only where it has started what outlives the process: ends that
@@ -34,6 +35,7 @@ class SquadSUT:
         self.backend, self.qsl, self.batching, self.fail = backend, qsl, batching, fail
         self.arrived = queue.SimpleQueue()  # lists of LoadGen's QuerySamples; None ends a worker
         self.forming = threading.Lock()  # held while a worker waits for samples and forms its batch
+        self.issued = self.answered = 0  # samples so far, for whoever watches the run
         self.waiting = deque()  # (sample index, query id), in the order in which they will run
         self.workers = [threading.Thread(target=self.work, daemon=True) for _ in range(backend.workers)]
         for worker in self.workers:
@@ -42,6 +44,7 @@ class SquadSUT:
     def issue_queries(self, samples):
         """LoadGen's callback: new samples, [QuerySample]. Returns at once."""
         self.arrived.put(samples)
+        self.issued += len(samples)
 
     def flush_queries(self):
         """LoadGen's callback: no more samples follow in this series. Nothing is held back, so nothing is to do."""
@@ -58,6 +61,8 @@ class SquadSUT:
             while samples := self.next_samples():
                 indices, ids = zip(*samples)
                 self.answer(ids, self.qsl.batch(np.array(indices)))
+                done = len(ids)
+                self.answered += done  # in one step of the interpreter's, so that no other worker's falls between
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run cannot go on without this worker
             self.fail(error)
 

@@ -1,11 +1,14 @@
 """run.py from the command line, on the demo's model and data, with the real LoadGen: scenarios, modes, flags, faults."""
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 from conftest import DEMO_ENV, ROOT, fails
 
 from create_squad_data import load_features
-from run import find_peak
+from run import find_peak, read_detail_log
 
 # --backend and --dtype of every row that README's table of models has, and of PyTorch's other dtypes.
 BACKENDS = [("pytorch", "fp32"), ("pytorch", "bf16"), ("pytorch", "int8"), ("tf", "fp32"), ("onnxruntime", "fp32"),
@@ -156,7 +159,9 @@ def test_an_earlier_runs_logs_are_moved_aside(run, tmp_path):
     (("--user_conf=nowhere.conf",), {}, ["nowhere.conf", "--user_conf"]),
     (("--audit_conf=nowhere.conf",), {}, ["nowhere.conf", "--audit_conf"]),
     (("--max_examples=0",), {}, ["--max_examples", "'0'"]),
-    (("--scenario=Sever",), {}, ["--scenario", "Sever"]),
+    (("--scenario=Sever",), {}, ["--scenario", "Sever", "did you mean Server?"]),
+    (("--backend=onnxrutime",), {}, ["--backend", "did you mean onnxruntime?"]),
+    (("--backend=42",), {}, ["--backend", "'42'", "tf, pytorch, onnxruntime, openvino"]),
     (("--network=lon", "--sut_server", "localhost:1"), {}, ["localhost:1", "--sut_server"]),
 ])
 def test_what_cannot_be_used_is_named(run, args, variables, words):
@@ -176,7 +181,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(run, tmp_p
     (("--backend=tf_estimator",), "--backend=tf"), (("--backend=tf", "--quantized"), "fp32"),
     (("--backend=pytorch", "--profile"), "--profile"), (("--backend=pytorch", "--quantized", "--dtype=fp32"), "--dtype"),
     (("--backend=pytorch", "--reference", "--dtype=int8"), "--reference"),
-    (("--backend=pytorch", "--find_peak"), "--scenario=Server")])
+    (("--backend=pytorch", "--find_peak"), "--scenario=Server"),
+    (("--backend=pytorch", "--quick", "--accuracy"), "--max_examples"),
+    (("--backend=pytorch", "--quick", "--find_peak", "--scenario=Server"), "--quick"),
+    (("--backend=pytorch", "--report", "--find_peak", "--scenario=Server"), "--report")])
 def test_flags_that_do_not_go_together_are_named(run, args, words):
     fails(run(*args), words)
 
@@ -252,6 +260,110 @@ class Faulty:
 run.BACKENDS["pytorch"] = ("__main__", "Faulty", ("fp32",))
 config.script(run.main)
 """
+
+
+@pytest.fixture
+def null(script, tmp_path):
+    """run.py with a backend that computes nothing: null("--scenario=…", …, conf=text of user.conf, NAME=value)."""
+    def call(*args, conf=CONF, **variables):
+        (tmp_path / "user.conf").write_text(conf)
+        (tmp_path / "null.py").write_text(FAULTY.replace("BODY", "pass"))
+        return script(tmp_path / "null.py", "--backend=pytorch", *args, **variables)
+    return call
+
+
+def test_help_comes_at_once_with_groups_defaults_and_examples(script):
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        result = script("run.py", "--help")
+        times.append(time.monotonic() - start)
+    assert min(times) < 0.3
+    assert result.returncode == 0 and result.stdout.count("python3 run.py --backend") == 3
+    for words in ("what to run:", "how to compute:", "LoadGen's settings:", "over the network:", "(default: Offline)",
+                  "(default: user.conf)"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize("name", ["singlestream", "SINGLESTREAM", "SingleStream"])
+def test_a_scenarios_name_is_taken_in_any_case(null, name):
+    assert "SingleStream 90th percentile latency" in null(f"--scenario={name}").stdout.splitlines()[-1]
+
+
+def test_the_stages_are_named_in_turn_and_the_end_is_announced(null, tmp_path):
+    result = null("--scenario=Server", conf=CONF.replace("min_duration = 300", "min_duration = 3000"))
+    found = re.findall("reading features|loading the model|warming up|running|scoring", result.stderr)
+    assert found == ["reading features", "loading the model", "warming up", "running"]
+    line = next(line for line in result.stderr.splitlines() if "running" in line)
+    now, end = (sum(int(part) * unit for part, unit in zip(time_.split(":"), (3600, 60, 1)))
+                for time_ in re.search(r"^(\S+) .* at least 3 seconds, until (\S+);", line).groups())
+    assert 2 <= (end - now) % 86400 <= 4 and "--quick" in line
+    assert any(line.endswith(" scoring") for line in null("--accuracy").stderr.splitlines())
+
+
+@pytest.mark.parametrize("conf, words", [
+    ("", "at target_qps 32 it takes 11 minutes, until"), ("*.Server.target_qps = 0.05", "at least 33 minutes, until"),
+    ("*.Server.target_qps = 5", "at least 10 minutes, until")])
+def test_mlperfs_ten_minutes_are_announced_before_they_start(tmp_path, conf, words):
+    (tmp_path / "user.conf").write_text(conf or "*.Offline.target_qps = 32")
+    (tmp_path / "null.py").write_text(FAULTY.replace("BODY", "time.sleep(0.1)"))
+    process = subprocess.Popen([sys.executable, tmp_path / "null.py", "--backend=pytorch",
+                                f"--scenario={'Server' if conf else 'Offline'}"], cwd=tmp_path,
+                               env={**os.environ, **DEMO_ENV}, stderr=subprocess.PIPE, text=True)
+    try:
+        assert words in next(line for line in process.stderr if "running" in line)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_quick_run_claims_no_result(null, tmp_path):
+    """Neither on the command line nor, by the duration that LoadGen logs, in its folder."""
+    result = null("--quick", conf="*.Offline.target_qps = 2000\n*.*.min_query_count = 100000", LOG_PATH="logs")
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"TRIAL, no official result: Offline throughput [0-9.e+]+ samples/s\n", result.stdout)
+    assert "a short trial, no official result" in result.stderr
+    log = read_detail_log(tmp_path / "logs")
+    assert log["effective_min_duration_ms"] == 10_000 and log["effective_samples_per_query"] == 22_000
+
+
+def test_a_runs_record_stands_beside_its_logs_and_moves_with_them(run, tmp_path):
+    result = run("--backend=pytorch", "--max_examples=8", "--accuracy", LOG_PATH="logs", MLC_MAX_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "logs/record.json").read_text())
+    with open(ROOT / "demo/model/model.safetensors", "rb") as file:
+        assert record["model_md5"] == hashlib.file_digest(file, "md5").hexdigest()
+    assert record["dtype"] == "fp32" and record["backend"] in result.stderr and record["max_examples"] == 8
+    assert record["dataset"] == DEMO_ENV["DATASET_FILE"] and record["variables"]["MLC_MAX_NUM_THREADS"] == "1"
+    assert record["libraries"]["torch"] in record["backend"] and record["memory_bytes"] > 2**28 and record["cores"] >= 1
+    assert record["finished"] >= record["started"]
+    fails(run("--backend=pytorch", LOG_PATH="logs", ML_MODEL_FILE_WITH_PATH="nowhere"), "nowhere")
+    assert not list((tmp_path / "logs").iterdir())
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--accuracy"], r"\d+ of 334 samples, [0-9.e+]+ samples/s, \S+ left"),
+    (["--scenario=Offline"], r"\d+ of 33\d samples, [0-9.e+]+ samples/s, \S+ left"),
+    (["--scenario=Server"], r"%\|.*\| \d+ samples, [0-9.e+]+ samples/s, \S+ left")])
+def test_a_terminal_shows_a_runs_progress_and_nothing_else_does(script, tmp_path, args, words):
+    (tmp_path / "user.conf").write_text(CONF.replace("min_duration = 300", "min_duration = 2000")
+                                        .replace("target_qps = 100", "target_qps = 151.6"))
+    (tmp_path / "slow.py").write_text(FAULTY.replace("BODY", "time.sleep(0.1)"))
+    command = [sys.executable, str(tmp_path / "slow.py"), "--backend=pytorch", *args]
+    env = {**os.environ, **DEMO_ENV, "TERM": "xterm"}
+    main, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal tells its end
+        while part := os.read(main, 65536):
+            shown += part
+    os.close(main)
+    assert process.wait(60) == 0
+    assert re.search(words, shown.decode()), shown.decode()
+    elsewhere = script(*command[1:])
+    assert elsewhere.returncode == 0 and "left" not in elsewhere.stderr and "\r" not in elsewhere.stderr
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
