@@ -93,7 +93,7 @@ def model_for(backend, dtype, folder):
     return onnx
 
 
-def serve(pipe, backend, dtype, model, features):
+def serve(pipe, backend, dtype, model):
     """A run's process: loads the backend, then measures whenever it is told to. Answers (error, result)."""
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
     try:
@@ -103,7 +103,7 @@ def serve(pipe, backend, dtype, model, features):
         args = parse_run_args([f"--backend={backend}", "--scenario=SingleStream",
                                "--reference" if reference else f"--dtype={dtype}"])
         runner = load_backend(args)
-        qsl = SquadQSL(features)
+        qsl = SquadQSL(load_features(*config.dataset_files())[1])
         batching = Batching(runner.together, BATCH_TOKENS, sort=not reference)
         runner.predict(qsl.longest_batch(1))
         pipe.send((None, runner.name))
@@ -128,7 +128,10 @@ def serve(pipe, backend, dtype, model, features):
 
 
 def start(target, *args):
-    """Run `target(pipe, *args)` in a process that ends with this one; returns the pipe's other end."""
+    """Run `target(pipe, *args)` in a process that ends with this one; returns the pipe's other end.
+
+    The arguments must be small: `multiprocessing` waits for ever where a process dies before it has read them all.
+    """
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     context.Process(target=target, args=(other, *args), daemon=True).start()
@@ -139,11 +142,11 @@ def start(target, *args):
 class Run:
     """One BACKEND:DTYPE in its process."""
 
-    def __init__(self, name, folder, features):
+    def __init__(self, name, folder):
         """Starts the process with the model in `folder`, and waits until it is loaded."""
         self.name = name
         backend, dtype = name.split(":")
-        self.pipe = start(serve, backend, dtype, model_for(backend, dtype, folder), features)
+        self.pipe = start(serve, backend, dtype, model_for(backend, dtype, folder))
         self.backend = self.receive()
         self.rates, self.latencies, self.logits, self.memory = [], [], {}, 0
 
@@ -284,7 +287,7 @@ def main():
     runs = []
     for name in names:
         print(f"loading {name}", file=sys.stderr, flush=True)
-        runs.append(Run(name, folder, features))
+        runs.append(Run(name, folder))
     for turn in range(args.turns):
         print(f"turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
         for run in runs:
