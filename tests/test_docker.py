@@ -14,7 +14,7 @@ def command(tmp_path):
     def call(*arguments):
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         env.pop("DEVICE", None)
-        return subprocess.run(["make", "-n", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        return subprocess.run(["make", "--no-print-directory", "-n", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
     def gpu(answers):
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho a message\nexit {int(not answers)}\n")

@@ -255,7 +255,7 @@ def test_the_manifest_has_a_model_for_every_backend_and_each_name_once():
 def test_make_setup_takes_the_backend_only_where_one_is_named():
     def command(**variables):
         env = {key: value for key, value in os.environ.items() if key != "BACKEND"} | variables
-        return subprocess.run(["make", "-n", "setup", "PYTHON=python3"], cwd=ROOT, env=env, capture_output=True,
+        return subprocess.run(["make", "--no-print-directory", "-n", "setup", "PYTHON=python3"], cwd=ROOT, env=env, capture_output=True,
                               text=True, check=True).stdout.strip()
     assert command() == "python3 download.py"
     assert command(BACKEND="tf") == "python3 download.py --backend=tf"
