@@ -310,16 +310,14 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
         if not isinstance(error, UserError):
             traceback.print_exception(error, file=sys.stderr)
             error = f"the run failed: {type(error).__name__}: {error}"
-        sys.stderr.write(f"run.py: error: {error}\n")  # at one go: worker threads may write, too
-        status = 1
+        message, status = f"error: {error}", 1
     except KeyboardInterrupt:
-        print("run.py: interrupted; the logs of this run are incomplete", file=sys.stderr)
-        status = 128 + signal.SIGINT
+        message, status = "interrupted; the logs of this run are incomplete", 128 + signal.SIGINT
     except SystemExit as exit:
-        print("run.py: terminated; the logs of this run are incomplete", file=sys.stderr)
-        status = exit.code
+        message, status = "terminated; the logs of this run are incomplete", exit.code
     if hasattr(sut.backend, "close"):
         sut.backend.close()
+    sys.stderr.write(f"run.py: {message}\n")  # last, and at one go: worker threads may write, too
     sys.stderr.flush()
     os._exit(status)
 
