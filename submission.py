@@ -181,7 +181,7 @@ def finished(folder, scenario, kind):
     try:
         log = read_detail_log(folder)
         logged = read_responses(folder) if kind != "performance" else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return False
     return (os.path.exists(os.path.join(folder, RECORD)) and log.get("effective_scenario") == scenario
             and ("power_end" if kind == "accuracy" else "num_errors") in log

@@ -7,6 +7,7 @@ import json
 import os
 import re
 
+from config import UserError
 from run import RESULTS, read_detail_log
 
 DIVISIONS = ("closed", "open", "network")
@@ -258,7 +259,7 @@ def read(path, reader, faults):
         faults.append(f"{path}: is empty")
     except FileNotFoundError:
         faults.append(f"{path}: is missing")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
         faults.append(f"{path}: cannot be read ({error})")
     return None
 
