@@ -357,7 +357,8 @@ def figure(scenario, log):
 def verdict(scenario, log, quick=False):
     """The last line of a performance run: LoadGen's verdict (of a `quick` run none) and the figure that counts."""
     what, value, unit = figure(scenario, log)
-    return f"{'TRIAL, no official result' if quick else log['result_validity']}: {scenario} {what} {value:.6g} {unit}"
+    result = "not known: LoadGen logged none" if value is None else f"{value:.6g} {unit}"
+    return f"{'TRIAL, no official result' if quick else log['result_validity']}: {scenario} {what} {result}"
 
 
 def find_peak(valid, start):

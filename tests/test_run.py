@@ -17,7 +17,7 @@ import pytest
 from conftest import DEMO_ENV, ROOT, fails
 
 from create_squad_data import load_features
-from run import find_peak, read_detail_log
+from run import find_peak, read_detail_log, verdict
 
 # --backend and --dtype of every row that README's table of models has, and of PyTorch's other dtypes.
 BACKENDS = [("pytorch", "fp32"), ("pytorch", "bf16"), ("pytorch", "int8"), ("tf", "fp32"), ("onnxruntime", "fp32"),
@@ -98,6 +98,11 @@ def test_a_performance_run_ends_with_the_verdict_and_the_figure(run, tmp_path, m
     assert match, last
     assert f"Result is : {match[1]}" in (tmp_path / "logs/mlperf_log_summary.txt").read_text()
     assert float(match[2]) > 0
+
+
+def test_a_run_without_a_figure_is_said_to_have_none():
+    assert verdict("Server", {"result_validity": "INVALID"}) == \
+        "INVALID: Server throughput not known: LoadGen logged none"
 
 
 def test_the_verdict_is_loadgens(run, tmp_path):
