@@ -12,6 +12,7 @@ biases and residuals into these when it loads the file; its own Attention operat
 
 import argparse
 import os
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,25 +31,26 @@ ONE_FILE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB; weights of more go to 
 class Graph:
     """ONNX nodes and constants in the making. Tensors are known by their names."""
 
-    def __init__(self):
-        self.nodes, self.constants = [], {}
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
 
-    def constant(self, value, name=None):
+    def constant(self, value: Any, name: str | None = None) -> str:
         """The name of a constant, `value` as an array."""
         name = name or f"constant_{len(self.constants)}"
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
-    def add(self, operator, *inputs, outputs=1, **attributes):
+    def add(self, operator: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
         """Append a node; `inputs` are tensors or arrays. Returns the name of its output, or a list of `outputs` names."""
-        inputs = [tensor if isinstance(tensor, str) else self.constant(tensor) for tensor in inputs]
+        tensors = [tensor if isinstance(tensor, str) else self.constant(tensor) for tensor in inputs]
         name = f"{operator}_{len(self.nodes)}"
         names = [name] if outputs == 1 else [f"{name}_{number}" for number in range(outputs)]
-        self.nodes.append(helper.make_node(operator, inputs, names, name=name, **attributes))
+        self.nodes.append(helper.make_node(operator, tensors, names, name=name, **attributes))
         return names[0] if outputs == 1 else names
 
 
-def build_model(sizes, weights, length=None):
+def build_model(sizes: dict[str, Any], weights: dict[str, np.ndarray], length: int | None = None) -> onnx.ModelProto:
     """BERT as an onnx.ModelProto.
 
     `weights` are {Hugging Face's name: float32 array}; `length` fixes the tokens of a sample, None leaves them open.
@@ -58,15 +60,15 @@ def build_model(sizes, weights, length=None):
     graph = Graph()
     add = graph.add
 
-    def linear(x, *names):  # several layers of the same input become one
+    def linear(x: str, *names: str) -> Any:  # several layers of the same input become one
         kernel = graph.constant(np.concatenate([weights[f"{name}.weight"] for name in names]).T, f"{names[0]}.kernel")
         return add("Add", add("MatMul", x, kernel), np.concatenate([weights[f"{name}.bias"] for name in names]))
 
-    def norm(x, name):
+    def norm(x: str, name: str) -> Any:
         return add("LayerNormalization", x, weights[f"{name}.weight"], weights[f"{name}.bias"], axis=-1,
                    epsilon=sizes.get("layer_norm_eps", 1e-12))
 
-    def ints(*values):
+    def ints(*values: int) -> np.ndarray:
         return np.array(values, np.int64)
 
     ids, mask, segments = INPUTS
@@ -103,7 +105,7 @@ def build_model(sizes, weights, length=None):
         opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
 
 
-def write_model(path, model):
+def write_model(path: str, model: onnx.ModelProto) -> None:
     """Write an onnx.ModelProto; weights too big for one file go to PATH.data. Raises UserError where it cannot."""
     apart = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > ONE_FILE_BYTES
     data = f"{os.path.basename(path)}.data"
@@ -116,7 +118,7 @@ def write_model(path, model):
         raise UserError(f"{path}: cannot write the model ({error.strerror}); give another file or free disk") from None
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=config.PYTORCH_MODEL,
                         help="Hugging Face folder, or state dict with bert_config.json beside it (default: %(default)s)")

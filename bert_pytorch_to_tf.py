@@ -15,7 +15,7 @@ from pytorch_SUT import read_weights
 from tf_checkpoint import write_checkpoint
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=config.PYTORCH_MODEL,
                         help="Hugging Face folder, or state dict with bert_config.json beside it (default: %(default)s)")

@@ -14,9 +14,11 @@ import multiprocessing
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
 from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,9 +34,10 @@ from tf_checkpoint import read_checkpoint
 
 TOLERANCE = 1e-4
 LENGTHS = (MAX_SEQ_LENGTH, 178, 30)  # of the features that are compared
+T = TypeVar("T")
 
 
-def write_state(path, sizes, weights):
+def write_state(path: str, sizes: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
     """Write `weights`, {Hugging Face's name: float32 array}, as a state dict with bert_config.json beside it."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -45,7 +48,7 @@ def write_state(path, sizes, weights):
         raise UserError(f"{path}: cannot write the weights ({error}); give another file or free disk") from None
 
 
-def random_batches(sizes):
+def random_batches(sizes: dict[str, Any]) -> Iterator[Batch]:
     """Features of the lengths LENGTHS, each alone in a `squad_QSL.Batch`, always the same."""
     generator = np.random.default_rng(0)
     for length in LENGTHS:
@@ -54,7 +57,7 @@ def random_batches(sizes):
         yield Batch(ids, np.ones_like(ids), segments, np.array([length], np.int32))
 
 
-def answers(backend, model, sizes):
+def answers(backend: str, model: str, sizes: dict[str, Any]) -> list[np.ndarray]:
     """The logits of `random_batches` from a backend of run.py on the file `model`: [float32 (tokens, 2)]."""
     module, name, _ = BACKENDS[backend]
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
@@ -63,20 +66,20 @@ def answers(backend, model, sizes):
     return [loaded.predict(batch) for batch in random_batches(sizes)]
 
 
-def freeze(checkpoint, sizes, path):
+def freeze(checkpoint: str, sizes: dict[str, Any], path: str) -> None:
     """Write a checkpoint's graph to the file `path`."""
     from tf_freeze_bert import build_graph, write_graph
 
     write_graph(path, build_graph(sizes, read_checkpoint(checkpoint, sizes)[0]))
 
 
-def alone(function, *args):
+def alone(function: Callable[..., T], *args: Any) -> T:
     """The result of a function in a process of its own: BERT-Large in three frameworks at once would not fit into 16 GiB."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
-def tensorflow_answers(checkpoint, sizes):
+def tensorflow_answers(checkpoint: str, sizes: dict[str, Any]) -> list[np.ndarray]:
     """The logits of `random_batches` from TensorFlow's graph of a checkpoint: [float32 (tokens, 2)]."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.pb")
@@ -84,7 +87,7 @@ def tensorflow_answers(checkpoint, sizes):
         return alone(answers, "tf", path, sizes)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tf_checkpoint", default=config.TF_CHECKPOINT, help="path without .index (default: %(default)s)")
     parser.add_argument("--bert_config", default=config.BERT_CONFIG, help="default: BERT-Large's")

@@ -11,10 +11,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
 
 import network_format
 from config import UserError
+from squad_QSL import Batch
 
 ANSWER_S = 3  # a server that does not say its name within this time is lost
 PATIENCE_S = 1  # after so long without a result a server is asked whether it still lives
@@ -26,7 +30,7 @@ SAME = ("backend", "vocab_size", "together", "logits")  # of a server's descript
 class Node:
     """A server: its description, how many requests it has open, and why it is given up, where it is."""
 
-    def __init__(self, address):
+    def __init__(self, address: str) -> None:
         """`address` is http://HOST:PORT. Raises UserError where it is not."""
         self.address = address
         try:
@@ -36,10 +40,12 @@ class Node:
                 raise ValueError
         except ValueError:
             raise UserError(f"--sut_server {address}: not of the form http://HOST:PORT; correct it") from None
-        self.about, self.open, self.lost = None, 0, None
+        self.about: dict[str, Any] = {}
+        self.open = 0
+        self.lost: str | None = None
         self.kept = threading.local()  # .connection of this thread, .used: when
 
-    def connect(self):
+    def connect(self) -> socket.socket:
         """A new connection, a socket, on which the server has told its description. Raises one of FAULTS."""
         connection = socket.create_connection((self.host, self.port), ANSWER_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -54,20 +60,21 @@ class Node:
             raise ConnectionError("it was started anew")
         return connection
 
-    def send(self, connection, path, content_type, body):
+    def send(self, connection: socket.socket, path: str, content_type: str, body: bytes) -> None:
         """Send a request; at one go, which http.client's own does not and which saves the server a wake-up."""
         head = (f"POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: {content_type}\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n")
         connection.sendall(head.encode("ascii") + body)
 
-    def fault(self):
+    def fault(self) -> OSError | http.client.HTTPException | None:
         """What is wrong with the server, one of FAULTS; None where it answers."""
         try:
             self.connect().close()
         except FAULTS as error:
             return error
+        return None
 
-    def ask(self, body):
+    def ask(self, body: bytes) -> bytes:
         """The response to a request. Raises one of FAULTS, or UserError where the server refuses the request."""
         connection = getattr(self.kept, "connection", None)
         if not connection or time.monotonic() - self.kept.used > IDLE_S:
@@ -86,7 +93,7 @@ class Node:
         return content
 
 
-def receive(connection):
+def receive(connection: socket.socket) -> tuple[http.client.HTTPResponse, bytes]:
     """The response that comes in on a socket: (http.client.HTTPResponse, its content as bytes)."""
     response = http.client.HTTPResponse(connection, method="POST")
     response.begin()
@@ -96,7 +103,7 @@ def receive(connection):
 class NetworkBackend:
     """A backend whose batches run on servers: each on the one that has the fewest open, again where that one dies."""
 
-    def __init__(self, addresses):
+    def __init__(self, addresses: list[str]) -> None:
         """`addresses` of servers, each http://HOST:PORT. Raises UserError where one cannot be used."""
         self.nodes = [Node(address) for address in addresses]
         self.lock = threading.Lock()
@@ -117,12 +124,12 @@ class NetworkBackend:
         self.workers = sum(node.about["workers"] + 1 for node in self.nodes)
         self.name = ", ".join(node.about["name"] for node in self.nodes)
 
-    def sut_name(self):
+    def sut_name(self) -> str:
         """LoadGen's callback: the names of the servers, asked for once more."""
         self.drop_lost()
         return self.name
 
-    def predict(self, batch):
+    def predict(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where no server is left."""
         body = network_format.encode(batch)
         while True:
@@ -136,7 +143,7 @@ class NetworkBackend:
                 with self.lock:
                     node.open -= 1
 
-    def take(self):
+    def take(self) -> Node:
         """The server to run a batch; counts it as open there."""
         with self.lock:
             living = [node for node in self.nodes if not node.lost]
@@ -146,7 +153,7 @@ class NetworkBackend:
             node.open += 1
             return node
 
-    def lose(self, node, error):
+    def lose(self, node: Node, error: Exception) -> None:
         """Give a server up, for the rest of the run."""
         with self.lock:
             if node.lost:
@@ -155,13 +162,13 @@ class NetworkBackend:
             # print would write the line's end by itself, and another thread's line in between
             sys.stderr.write(f"notice: {node.address} is lost ({node.lost}); its queries go to the others\n")
 
-    def drop_lost(self):
+    def drop_lost(self) -> None:
         """Give up every server that does not answer; all are asked at once, so that this takes ANSWER_S at most."""
         for node, error in self.faults():
             if error:
                 self.lose(node, error)
 
-    def faults(self):
+    def faults(self) -> list[tuple[Node, OSError | http.client.HTTPException | None]]:
         """[(server, its fault or None)] of all that are not given up."""
         living = [node for node in self.nodes if not node.lost]
         with ThreadPoolExecutor(len(living) or 1) as pool:

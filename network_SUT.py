@@ -22,6 +22,8 @@ import sys
 import traceback
 import uuid
 from collections import deque, namedtuple
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import uvloop
@@ -45,18 +47,18 @@ class Arrivals:
     One index stands for a run of a request's samples that stay together, which spares the work for each sample.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.numbers = itertools.count()
-        self.lengths = {}  # index -> tokens of the run
-        self.runs = {}  # index -> (lengths, token ids, segments)
+        self.lengths: dict[int, int] = {}  # index -> tokens of the run
+        self.runs: dict[int, tuple[np.ndarray, ...]] = {}  # index -> (lengths, token ids, segments)
 
-    def add(self, *run):
+    def add(self, *run: np.ndarray) -> int:
         """Take in a run: arrays (samples,), (tokens,) and (tokens,). Returns its index."""
         index = next(self.numbers)
         self.lengths[index], self.runs[index] = len(run[1]), run
         return index
 
-    def batch(self, indices):
+    def batch(self, indices: np.ndarray) -> Batch:
         """The runs `indices` as a `Batch`; they leave the library."""
         lengths, ids, segments = (np.concatenate(arrays) for arrays in zip(*map(self.runs.pop, indices.tolist())))
         for index in indices.tolist():
@@ -71,7 +73,7 @@ class Arrivals:
 class NetworkSUT(SquadSUT):
     """Answers requests as `SquadSUT` answers LoadGen. A query's id is (the future that waits for its logits, tokens)."""
 
-    def __init__(self, backend, batching):
+    def __init__(self, backend: Any, batching: Batching) -> None:
         """To be called in the event loop."""
         self.loop = asyncio.get_running_loop()
         self.within = batching  # a request
@@ -79,7 +81,7 @@ class NetworkSUT(SquadSUT):
         together = "any" if batching.together == "any" else "one"
         super().__init__(backend, Arrivals(), Batching(together, batching.max_tokens, sort=False), end)
 
-    async def logits(self, lengths, ids, segments):
+    async def logits(self, lengths: np.ndarray, ids: np.ndarray, segments: np.ndarray) -> np.ndarray:
         """The logits of a request's samples, float32 (tokens, 2). Raises what the backend raised."""
         samples, first, start = [], 0, 0
         waiting = deque((number, None) for number in range(len(lengths)))
@@ -92,9 +94,10 @@ class NetworkSUT(SquadSUT):
         self.issue_queries(samples)
         return np.concatenate(await asyncio.gather(*(sample.id[0] for sample in samples)))
 
-    def answer(self, ids, batch):
+    def answer(self, ids: Sequence[tuple[asyncio.Future[np.ndarray], int]], batch: Batch) -> None:
         """Run a batch; a fault of the backend ends the requests in it, not the server."""
         futures, tokens = zip(*ids)
+        results: Sequence[np.ndarray | Exception]
         try:
             logits = checked(batch.lengths, self.backend.predict(batch))
             results = np.split(logits, np.cumsum(tokens)[:-1])
@@ -105,7 +108,7 @@ class NetworkSUT(SquadSUT):
         self.loop.call_soon_threadsafe(settle, futures, results)
 
 
-def settle(futures, results):
+def settle(futures: Sequence[asyncio.Future[np.ndarray]], results: Sequence[np.ndarray | Exception]) -> None:
     for future, result in zip(futures, results):
         if future.done():  # cancelled: its request was dropped
             continue
@@ -115,14 +118,14 @@ def settle(futures, results):
             future.set_result(result)
 
 
-def end(error):
+def end(error: BaseException) -> NoReturn:
     """End the process: a worker thread is lost."""
     traceback.print_exception(error, file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)
 
 
-def decode_json(body):
+def decode_json(body: bytes) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]:
     """A JSON request's (lengths, token ids, segments), the content of the samples unchecked, and the decoded request.
 
     Raises ValueError where it is not of the form that the top of this file shows.
@@ -152,7 +155,7 @@ def decode_json(body):
     return (np.array(lengths), np.concatenate(ids), np.concatenate(segments)), request
 
 
-def check(lengths, ids, segments, vocab_size):
+def check(lengths: np.ndarray, ids: np.ndarray, segments: np.ndarray, vocab_size: int) -> None:
     """Raise ValueError where a model of `vocab_size` tokens cannot take the samples."""
     if not len(lengths):
         raise ValueError("no samples")
@@ -165,11 +168,11 @@ def check(lengths, ids, segments, vocab_size):
         raise ValueError(f"segments from {segments.min()} to {segments.max()}; 0 and 1 are possible")
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def description(backend, node):
+def description(backend: Any, node: str) -> dict[str, Any]:
     """What /getname/ tells: the name and, for a client that spreads its queries, what must be the same on all nodes.
 
     The digest of the logits of a fixed sample stands for the model; computing it warms the backend up.
@@ -181,7 +184,7 @@ def description(backend, node):
             "together": backend.together, "logits": hashlib.sha256(backend.predict(sample).tobytes()).hexdigest()}
 
 
-def serve(backend, batching, node, host, port, stage):
+def serve(backend: Any, batching: Batching, node: str, host: str, port: int, stage: Callable[[str], None]) -> None:
     """Serve `backend` on `host` and `port` until SIGINT or SIGTERM; `stage` is called with a line when it is ready.
 
     Raises UserError where it cannot listen there.
@@ -189,12 +192,13 @@ def serve(backend, batching, node, host, port, stage):
     if port > 65535:  # uvloop would take it modulo 65536
         raise UserError(f"--port={port}: the highest is 65535; give another")
     about = description(backend, node)
+    sut: NetworkSUT  # made by `work`, in the event loop
 
-    async def predict(request):
+    async def predict(request: web.Request) -> web.Response:
         body = await request.read()
         try:
             binary = request.content_type == network_format.CONTENT_TYPE
-            samples, query = (network_format.decode(body), None) if binary else decode_json(body)
+            samples, query = (network_format.decode(body), {}) if binary else decode_json(body)
             check(*samples, backend.vocab_size)
         except ValueError as error:
             raise web.HTTPBadRequest(text=f"{error}\n") from None
@@ -208,16 +212,15 @@ def serve(backend, batching, node, host, port, stage):
         answer = {"result": results if isinstance(query["query"], list) else results[0]}
         return web.json_response({**answer, "id": query["id"]} if "id" in query else answer)
 
-    async def getname(request):
+    async def getname(request: web.Request) -> web.Response:
         return web.json_response(about)
 
-    async def work(app):
+    async def work(app: web.Application) -> AsyncIterator[None]:
         nonlocal sut
         sut = NetworkSUT(backend, batching)
         yield
         sut.stop()
 
-    sut = None
     app = web.Application(client_max_size=BODY_LIMIT)
     app.add_routes([web.post("/predict/", predict), web.post("/getname/", getname), web.get("/getname/", getname)])
     app.cleanup_ctx.append(work)

@@ -12,17 +12,19 @@ The response is float32 (tokens, 2): the start and end logit of every token, lik
 
 import numpy as np
 
+from squad_QSL import Batch
+
 CONTENT_TYPE = "application/octet-stream"
 
 
-def encode(batch):
+def encode(batch: Batch) -> bytes:
     """A `squad_QSL.Batch` as the bytes of a request."""
-    return b"".join(array.astype(kind) for array, kind in (
+    return b"".join(array.astype(kind).tobytes() for array, kind in (
         (np.array([len(batch)]), "<u4"), (batch.lengths, "<u4"),
         (batch.packed(batch.input_ids), "<i4"), (batch.packed(batch.segment_ids), "u1")))
 
 
-def decode(body):
+def decode(body: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A request's (lengths, token ids, segments), unchecked. Raises ValueError where the sizes do not fit together."""
     count = int.from_bytes(body[:4], "little")
     start = 4 + 4 * count
@@ -35,6 +37,6 @@ def decode(body):
     return lengths, np.frombuffer(body, "<i4", tokens, start), np.frombuffer(body, "u1", tokens, start + 4 * tokens)
 
 
-def logits(content):
+def logits(content: bytes) -> np.ndarray:
     """The bytes of a response as float32 (tokens, 2)."""
     return np.frombuffer(content, "<f4").reshape(-1, 2)

@@ -1,5 +1,6 @@
 """The ONNX Runtime backend: runs an ONNX file of BERT for question answering, fp32 or int8."""
 
+import argparse
 import atexit
 import os
 import sys
@@ -10,6 +11,7 @@ import onnxruntime
 import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
+from squad_QSL import Batch
 
 TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 CPU = "CPUExecutionProvider"
@@ -17,7 +19,7 @@ SLOW = {"SkipLayerNormFusion"}  # on a CPU the fused operator takes longer than 
 REMEDY = "bert_tf_to_pytorch.py and quantize_bert.py make files that fit"
 
 
-def providers():
+def providers() -> list[str]:
     """The execution providers to use, best first: the preferred one where it is there and allowed, and the CPU's."""
     preferred = config.env("ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER", "CUDAExecutionProvider")
     if not config.use_gpu() or preferred not in onnxruntime.get_available_providers():
@@ -25,7 +27,8 @@ def providers():
     return list(dict.fromkeys([preferred, CPU]))
 
 
-def open_session(path, options=None, name=None):
+def open_session(path: str, options: onnxruntime.SessionOptions | None = None,
+                 name: str | None = None) -> onnxruntime.InferenceSession:
     """Load the ONNX file `path`, which messages call `name`. Raises UserError where ONNX Runtime cannot."""
     name, use = name or path, providers()
     if not os.path.isfile(path):
@@ -42,7 +45,7 @@ def open_session(path, options=None, name=None):
         raise UserError(f"{name}: damaged or not an ONNX model ({first_line(error)}); {REMEDY}") from None
 
 
-def read_inputs(path, session):
+def read_inputs(path: str, session: onnxruntime.InferenceSession) -> tuple[dict[str, type], int | None, bool]:
     """What a session's inputs take: ({name: numpy type} of ids, mask and segments, length, one by one).
 
     The length is None where any will do; one by one says that the batch is fixed at 1. Raises UserError where the
@@ -61,7 +64,7 @@ def read_inputs(path, session):
     return {name: TYPES[kind] for name, kind in zip(names, types)}, shapes[0][1], shapes[0][0] == 1
 
 
-def check_outputs(path, session):
+def check_outputs(path: str, session: onnxruntime.InferenceSession) -> None:
     """Raise UserError where a session's outputs are not start and end logits."""
     outputs = session.get_outputs()
     if [(node.type, len(node.shape)) for node in outputs] != 2 * [("tensor(float)", 2)]:
@@ -69,13 +72,13 @@ def check_outputs(path, session):
         raise UserError(f"{path}: the outputs are {found}, not float (batch, length) for start and end; {REMEDY}")
 
 
-def feed(types, length, batch):
+def feed(types: dict[str, type], length: int | None, batch: Batch) -> dict[str, np.ndarray]:
     """What a session with inputs `types` and `length` (of `read_inputs`) takes for a `squad_QSL.Batch`."""
     arrays = batch.padded_to(length or batch.input_ids.shape[1])
     return {name: array.astype(kind) for (name, kind), array in zip(types.items(), arrays)}
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -85,7 +88,7 @@ class OnnxRuntimeBackend:
     workers = 1
     vocab_size = sys.maxsize  # the file does not say; an unknown token fails in `predict`
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         """`args` are run.py's. Raises UserError where the model cannot be used."""
         self.path = config.onnx_model(args.dtype)
         options = onnxruntime.SessionOptions()
@@ -103,11 +106,11 @@ class OnnxRuntimeBackend:
         if args.profile:
             atexit.register(self.end_profile)
 
-    def predict(self, batch):
+    def predict(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where the model cannot take it."""
         return batch.packed(self.logits(batch))
 
-    def logits(self, batch):
+    def logits(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch` as one call of the graph gives them, float32 (B, L, 2)."""
         try:
             pair = self.session.run(None, feed(self.types, self.length, batch))
@@ -116,7 +119,7 @@ class OnnxRuntimeBackend:
                             f"vocabulary of VOCAB_FILE, {REMEDY}") from None
         return np.stack(pair, axis=-1)[:, :batch.input_ids.shape[1]]
 
-    def end_profile(self):
+    def end_profile(self) -> None:
         """Write the profile and say where."""
         atexit.unregister(self.end_profile)
         print(f"profile: {self.session.end_profiling()}", file=sys.stderr)

@@ -1,8 +1,10 @@
 """The OpenVINO backend: runs an ONNX file of BERT for question answering at each sample's own length."""
 
+import argparse
 import os
 import queue
 import sys
+from typing import Any
 
 import numpy as np
 import openvino
@@ -10,6 +12,7 @@ import openvino
 import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
+from squad_QSL import Batch
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}  # int8 is in the file; the rest of it is fp32
 
@@ -20,7 +23,7 @@ class OpenVinoBackend:
     together = "one"
     vocab_size = sys.maxsize  # the file does not say
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         """`args` are run.py's. Raises UserError where the model cannot be used."""
         self.path = path = config.onnx_model(args.dtype)
         if not os.path.isfile(path):
@@ -29,7 +32,7 @@ class OpenVinoBackend:
         core = openvino.Core()
         device = "GPU" if config.use_gpu() and "GPU" in core.available_devices else "CPU"
         # One request at a time has all cores for SingleStream's sake; elsewhere requests run side by side.
-        options = {"PERFORMANCE_HINT": "LATENCY" if args.scenario == "SingleStream" else "THROUGHPUT",
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY" if args.scenario == "SingleStream" else "THROUGHPUT",
                    "INFERENCE_PRECISION_HINT": PRECISIONS[args.dtype]}
         threads = config.env_count("MLC_MAX_NUM_THREADS")
         if threads and device == "CPU":
@@ -44,12 +47,12 @@ class OpenVinoBackend:
         length = self.ports[0].partial_shape[1]
         self.length = MAX_SEQ_LENGTH if args.reference else length.get_length() if length.is_static else None
         self.workers = self.model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        self.requests = queue.SimpleQueue()
+        self.requests: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
         for _ in range(self.workers):
             self.requests.put(self.model.create_infer_request())
         self.name = f"OpenVINO {openvino.__version__.split('-')[0]}, {device}, {args.dtype}, {self.workers} requests"
 
-    def predict(self, batch):
+    def predict(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch` of one sample, float32 (tokens, 2)."""
         arrays = batch.padded_to(self.length or batch.input_ids.shape[1])
         request = self.requests.get()

@@ -12,6 +12,9 @@ Each row of these products comes out bit for bit the same whatever the other row
 depend on its batch; tests/test_packed_bert.py holds them to it.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -19,39 +22,39 @@ import torch.nn.functional as F
 class Linear:
     """x W' + b as PyTorch computes it."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """`weight` (outputs, inputs) and `bias` (outputs,), on the device and in the dtype to compute in."""
         self.weight, self.bias = weight, bias
 
-    def __call__(self, x):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def gelu(self, x):
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(self(x))
 
-    def add(self, x, residual):
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self(x).add_(residual)
 
 
 class PrepackedLinear:
     """x W' + b by oneDNN, whose blocked layout of the weights is made once; gelu and the addition are fused."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """`weight` (outputs, inputs) and `bias` (outputs,), both fp32 or both bf16."""
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.bias = bias
 
-    def __call__(self, x):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
-    def gelu(self, x):
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
 
-    def add(self, x, residual):
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
 
-def uint8_range(low, high):
+def uint8_range(low: torch.Tensor, high: torch.Tensor) -> tuple[float, int]:
     """The (scale, zero point) with which uint8 covers the values between the least of `low` and the most of `high`."""
     low, high = min(low.min().item(), 0.0), max(high.max().item(), 0.0)
     scale = max(high - low, 1e-6) / 255
@@ -64,7 +67,8 @@ class Int8Linear:
     The input's are constants of a calibration, so that a sample's result does not depend on its batch.
     """
 
-    def __init__(self, weight, bias, low, high, output_dtype, gelu_range=None):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, low: torch.Tensor, high: torch.Tensor,
+                 output_dtype: torch.dtype, gelu_range: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
         """`weight` (outputs, inputs) and `bias` (outputs,) in fp32; `low` and `high` bound the inputs, fp32 (inputs,).
 
         The products come out in `output_dtype`, but those of `gelu` in uint8, quantized for the next layer, whose
@@ -79,30 +83,33 @@ class Int8Linear:
         if gelu_range:
             self.gelu_scale, self.gelu_zero_point = uint8_range(*gelu_range)
 
-    def quantize(self, x):
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """The input as uint8; it already is after a `gelu`."""
         if x.dtype == torch.uint8:
             return x
         return (x.float() * (1 / self.scale)).add_(self.zero_point + 0.5).clamp_(0, 255).to(torch.uint8)
 
-    def product(self):
+    def product(self) -> tuple[float, int, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.scale, self.zero_point, self.weight, self.weight_scale, self.weight_zero_point
 
-    def __call__(self, x):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.onednn.qlinear_pointwise(self.quantize(x), *self.product(), self.bias, 1.0, 0,
                                                   self.output_dtype, "none", [], "")
 
-    def gelu(self, x):
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.onednn.qlinear_pointwise(self.quantize(x), *self.product(), self.bias, self.gelu_scale,
                                                   self.gelu_zero_point, torch.uint8, "gelu", [], "none")
 
-    def add(self, x, residual):
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return torch.ops.onednn.qlinear_pointwise.binary(
             self.quantize(x), *self.product(), residual, self.bias, 1.0, 0, residual.dtype, 1.0, 0, "add", 1.0,
             "none", [], "")
 
 
-def attention(qkv, heads, lengths):
+Product = Linear | PrepackedLinear | Int8Linear
+
+
+def attention(qkv: torch.Tensor, heads: int, lengths: list[int]) -> torch.Tensor:
     """Attention within each sample: queries, keys and values (T, 3 * hidden) -> (T, hidden).
 
     `lengths` are the samples' tokens, a list of ints; the queries are scaled already.
@@ -120,7 +127,7 @@ def attention(qkv, heads, lengths):
     return result
 
 
-def cuda_attention(qkv, heads, lengths):
+def cuda_attention(qkv: torch.Tensor, heads: int, lengths: list[int]) -> torch.Tensor:
     """`attention` on a GPU: the framework's variable-length kernel for half types, sample by sample for fp32."""
     if qkv.dtype == torch.float32:
         return attention(qkv, heads, lengths)
@@ -134,7 +141,8 @@ def cuda_attention(qkv, heads, lengths):
 class Bert:
     """BERT for question answering. Called with packed tokens, it gives their logits."""
 
-    def __init__(self, sizes, weights, device, dtype, make_linear):
+    def __init__(self, sizes: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device,
+                 dtype: torch.dtype, make_linear: Callable[[str, torch.Tensor, torch.Tensor], Product]) -> None:
         """`sizes` and `weights` as `pytorch_SUT.read_weights` gives them; the weights are taken out of the dict.
 
         `dtype` is that of what passes between layers, `make_linear(name, weight, bias)` makes a layer's product from
@@ -144,7 +152,7 @@ class Bert:
         self.epsilon = sizes.get("layer_norm_eps", 1e-12)
         self.attention = cuda_attention if device.type == "cuda" else attention
 
-        def take(name):
+        def take(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             return weights.pop(f"{name}.weight").to(device), weights.pop(f"{name}.bias").to(device)
 
         self.words, self.positions, self.types = (
@@ -154,7 +162,7 @@ class Bert:
         self.layers = []
         for layer in range(sizes["num_hidden_layers"]):
             prefix = f"bert.encoder.layer.{layer}"
-            parts = [take(f"{prefix}.attention.self.{name}") for name in ("query", "key", "value")]
+            parts: list[Sequence[torch.Tensor]] = [take(f"{prefix}.attention.self.{name}") for name in ("query", "key", "value")]
             scale = (sizes["hidden_size"] / self.heads) ** -0.5
             parts[0] = [tensor * scale for tensor in parts[0]]  # the scale of attention, once instead of at each score
             self.layers.append((
@@ -166,10 +174,11 @@ class Bert:
                 take(f"{prefix}.output.LayerNorm")))
         self.answer = Linear(*take("qa_outputs"))
 
-    def norm(self, x, weight_bias):
+    def norm(self, x: torch.Tensor, weight_bias: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, x.shape[1:], *weight_bias, self.epsilon)
 
-    def __call__(self, input_ids, segment_ids, positions, lengths):
+    def __call__(self, input_ids: torch.Tensor, segment_ids: torch.Tensor, positions: torch.Tensor,
+                 lengths: list[int]) -> torch.Tensor:
         """Logits fp32 (T, 2) of T packed tokens: the first three are int (T,), `lengths` a list of ints."""
         x = self.words[input_ids] + self.positions[positions] + self.types[segment_ids]
         x = self.norm(x, self.embedding_norm)

@@ -1,11 +1,14 @@
 """The PyTorch backend: loads a BERT for question answering and turns a batch into logits. packed_bert.py computes."""
 
+import argparse
 import hashlib
 import json
 import os
 import platform
 import sys
 import zipfile
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +18,20 @@ import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH, keep_arrays, load_features, read_calibration
 from packed_bert import Bert, Int8Linear, Linear, PrepackedLinear
-from squad_QSL import SquadQSL
+from squad_QSL import Batch, SquadQSL
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # --dtype: PyTorch's name
+
+Ranges = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer's name: (low, high), fp32 (inputs,)
 
 UNNEEDED = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "bert.embeddings.position_ids")
 
 
-def read_config(path):
+def read_config(path: str) -> dict[str, Any]:
     """Read BERT's sizes from the JSON file `path` (Google's bert_config.json or Hugging Face's config.json)."""
     try:
         with open(path, encoding="utf-8") as file:
-            sizes = json.load(file)
+            sizes: dict[str, Any] = json.load(file)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
                      "max_position_embeddings", "type_vocab_size"):
             if not isinstance(sizes[name], int) or sizes[name] < 1:
@@ -46,10 +51,10 @@ def read_config(path):
     return sizes
 
 
-def weight_shapes(sizes):
+def weight_shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The weights of a BERT of these sizes (of `read_config`): {Hugging Face's name: shape}."""
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "bert.embeddings.word_embeddings.weight": (sizes["vocab_size"], hidden),
         "bert.embeddings.position_embeddings.weight": (sizes["max_position_embeddings"], hidden),
         "bert.embeddings.token_type_embeddings.weight": (sizes["type_vocab_size"], hidden),
@@ -71,7 +76,7 @@ def weight_shapes(sizes):
     return shapes
 
 
-def model_files(model):
+def model_files(model: str) -> tuple[str, str]:
     """The files of `model` (as in `read_weights`): (of the sizes, of the weights)."""
     if os.path.isdir(model):
         return os.path.join(model, "config.json"), os.path.join(model, "model.safetensors")
@@ -79,7 +84,7 @@ def model_files(model):
     return beside if os.path.exists(beside) else config.BERT_CONFIG, model
 
 
-def read_weights(model):
+def read_weights(model: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read a BERT for question answering: (sizes, {Hugging Face's name: float32 tensor}).
 
     `model` is a Hugging Face folder (config.json and model.safetensors) or a state dict of `torch.save`, whose sizes
@@ -108,11 +113,12 @@ def read_weights(model):
     return sizes, weights
 
 
-def _read_state(path):
+def _read_state(path: str) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file or a `torch.save` file, {name: tensor}, mapped into memory where possible."""
     try:
         if path.endswith(".safetensors"):
-            return load_file(path)
+            state: dict[str, torch.Tensor] = load_file(path)
+            return state
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # noqa: BLE001 - both raise whatever the bytes led them to; weights_only refuses a pickle's code
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -123,7 +129,7 @@ def _read_state(path):
     return state
 
 
-def digest(model):
+def digest(model: str) -> str:
     """The sha256 of the weights of `model` (as in `read_weights`), in hexadecimal."""
     with open(model_files(model)[1], "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -132,33 +138,33 @@ def digest(model):
 class Observer(PrepackedLinear):
     """A product that notes the range of its inputs: `low` and `high`, fp32 (inputs,)."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__(weight, bias)
         self.low = self.high = torch.zeros(weight.shape[1])
 
-    def watch(self, x):
+    def watch(self, x: torch.Tensor) -> torch.Tensor:
         self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         return x
 
-    def __call__(self, x):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return super().__call__(self.watch(x))
 
-    def gelu(self, x):
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
         return super().gelu(self.watch(x))
 
-    def add(self, x, residual):
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return super().add(self.watch(x), residual)
 
 
 @torch.inference_mode()
-def input_ranges(model, batches):
+def input_ranges(model: str, batches: Iterable[Batch]) -> Ranges:
     """The range of the inputs of each of `model`'s linear layers over `squad_QSL.Batch`es.
 
     {layer's name: (low, high)}, fp32 (inputs,).
     """
-    observers = {}
+    observers: dict[str, Observer] = {}
 
-    def observer(name, weight, bias):
+    def observer(name: str, weight: torch.Tensor, bias: torch.Tensor) -> Observer:
         observers[name] = Observer(weight, bias)
         return observers[name]
 
@@ -168,7 +174,7 @@ def input_ranges(model, batches):
     return {name: (observer.low, observer.high) for name, observer in observers.items()}
 
 
-def int8_ranges(model):
+def int8_ranges(model: str) -> Ranges:
     """The `input_ranges` of `model` over the calibration's features.
 
     Read from build/cache where they are known for these weights, features and list. The features are those of
@@ -199,7 +205,8 @@ def int8_ranges(model):
     return ranges
 
 
-def packed_inputs(batch, device="cpu"):
+def packed_inputs(batch: Batch, device: torch.device | str = "cpu") -> \
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
     """What `Bert` takes for a `squad_QSL.Batch`: ids, segments and positions, int32 (tokens,), and the lengths."""
     lengths = batch.lengths.tolist()
     positions = np.broadcast_to(np.arange(batch.input_ids.shape[1], dtype=np.int32), batch.input_ids.shape)
@@ -208,14 +215,15 @@ def packed_inputs(batch, device="cpu"):
     return *tensors, lengths
 
 
-def cpu_runs(dtype):
+def cpu_runs(dtype: str) -> bool:
     """Whether this processor has instructions for products in `dtype`."""
-    return {
+    has: dict[str, Callable[[], bool]] = {
         "fp32": lambda: True,
         "bf16": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         "fp16": lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
         "int8": lambda: torch.cpu._is_vnni_supported(),
-    }[dtype]()
+    }
+    return has[dtype]()
 
 
 class PyTorchBackend:
@@ -223,7 +231,7 @@ class PyTorchBackend:
 
     workers, together = 1, "any"
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         """`args` are run.py's. Raises UserError where the model cannot be used."""
         self.device = torch.device("cuda" if config.use_gpu() and torch.cuda.is_available() else "cpu")
         threads = config.env_count("MLC_MAX_NUM_THREADS")
@@ -247,14 +255,14 @@ class PyTorchBackend:
             else:
                 self.bert = self.float_bert(weights, getattr(torch, DTYPES[dtype]))
 
-    def float_bert(self, weights, dtype):
+    def float_bert(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Bert:
         # oneDNN's layouts are for x86; elsewhere PyTorch's own products are the fast ones
         prepack = self.device.type == "cpu" and torch.backends.mkldnn.is_available() and platform.machine() == "x86_64"
         kind = PrepackedLinear if prepack else Linear
         return Bert(self.sizes, weights, self.device, dtype, lambda name, *layer: kind(*(x.to(dtype) for x in layer)))
 
-    def int8_bert(self, weights, ranges):
-        def int8_linear(name, weight, bias):
+    def int8_bert(self, weights: dict[str, torch.Tensor], ranges: Ranges) -> Bert:
+        def int8_linear(name: str, weight: torch.Tensor, bias: torch.Tensor) -> Int8Linear:
             layer, part = name.split(".")
             gelu_range = ranges[f"{layer}.down"] if part == "up" else None
             return Int8Linear(weight, bias, *ranges[name], torch.bfloat16, gelu_range)
@@ -262,9 +270,10 @@ class PyTorchBackend:
         return Bert(self.sizes, weights, self.device, torch.float32, int8_linear)
 
     @torch.inference_mode()
-    def predict(self, batch):
+    def predict(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch`, float32 (tokens, 2)."""
-        return self.bert(*packed_inputs(batch, self.device)).cpu().numpy()
+        logits: np.ndarray = self.bert(*packed_inputs(batch, self.device)).cpu().numpy()
+        return logits
 
 
 class PyTorchReference:
@@ -272,7 +281,7 @@ class PyTorchReference:
 
     workers, together = 1, "one"
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         """`args` are run.py's. Raises UserError where the model cannot be used."""
         try:
             from transformers import BertConfig, BertForQuestionAnswering
@@ -290,10 +299,11 @@ class PyTorchReference:
         self.name = f"PyTorch {torch.__version__}, {self.device.type}, fp32, the plain model padded"
 
     @torch.inference_mode()
-    def predict(self, batch):
+    def predict(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch` of one sample, float32 (tokens, 2)."""
         ids, mask, segments = (torch.from_numpy(array).long().to(self.device)
                                for array in batch.padded_to(MAX_SEQ_LENGTH))
-        logits = self.model(input_ids=ids, attention_mask=mask, token_type_ids=segments)
-        pairs = torch.stack((logits.start_logits[0], logits.end_logits[0]), dim=-1)
-        return pairs[:batch.lengths[0]].cpu().numpy()
+        answer = self.model(input_ids=ids, attention_mask=mask, token_type_ids=segments)
+        pairs = torch.stack((answer.start_logits[0], answer.end_logits[0]), dim=-1)
+        logits: np.ndarray = pairs[:batch.lengths[0]].cpu().numpy()
+        return logits

@@ -13,6 +13,7 @@ lists: feature indices or question ids, one a line.
 import argparse
 import os
 import tempfile
+from collections.abc import Iterable
 
 import numpy as np
 import onnx
@@ -31,7 +32,7 @@ OPSET = 13  # the first with a scale for each column
 ANSWERS = 2  # columns of the answer layer's weight
 
 
-def read_model(path):
+def read_model(path: str) -> onnx.ModelProto:
     """Read an ONNX file into an onnx.ModelProto. Raises UserError where it cannot."""
     try:
         model = onnx.load(path)
@@ -46,7 +47,7 @@ def read_model(path):
     return model
 
 
-def encoder_products(path, model):
+def encoder_products(path: str, model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.TensorProto]]:
     """The MatMul nodes of `model` whose second input is a weight, but for the answer layer's: [(node, weight)].
 
     Raises UserError where there are none.
@@ -61,7 +62,8 @@ def encoder_products(path, model):
     return products
 
 
-def largest_values(path, model, names, qsl, rows):
+def largest_values(path: str, model: onnx.ModelProto, names: list[str], qsl: SquadQSL,
+                   rows: Iterable[int]) -> dict[str, np.ndarray]:
     """The largest absolute values of the tensors `names` over the samples `rows`: {name: float32 (channels,)}.
 
     `model` is what the file `path` holds. Raises UserError where ONNX Runtime cannot run it.
@@ -75,7 +77,7 @@ def largest_values(path, model, names, qsl, rows):
         del watched
         session = open_session(copy, name=path)
     types, length, _ = read_inputs(path, session)
-    largest = dict.fromkeys(names, np.float32(0))
+    largest = dict.fromkeys(names, np.zeros((), np.float32))
     for row in rows:
         values = session.run(names, feed(types, length, qsl.batch(np.array([row]))))
         for name, value in zip(names, values):
@@ -83,7 +85,7 @@ def largest_values(path, model, names, qsl, rows):
     return largest
 
 
-def tame(largest):
+def tame(largest: np.ndarray) -> np.ndarray | None:
     """The factors that bring outlying channels of an input down: float32 (channels,), or None where none lies out.
 
     `largest` is what `largest_values` found for it. In a trained BERT a few channels reach ten times what all others
@@ -93,7 +95,8 @@ def tame(largest):
     return None if largest.max() < 2 * usual else np.minimum(usual / np.maximum(largest, usual), 1).astype(np.float32)
 
 
-def quantize(model, products, largest):
+def quantize(model: onnx.ModelProto, products: list[tuple[onnx.NodeProto, onnx.TensorProto]],
+             largest: dict[str, np.ndarray]) -> None:
     """Put QuantizeLinear/DequantizeLinear on both inputs of `products`, in place; `largest` of `largest_values`.
 
     Where channels lie out, the input is multiplied by `tame`'s factors before, and the weight's rows divided by them.
@@ -101,11 +104,11 @@ def quantize(model, products, largest):
     graph = model.graph
     done = set()  # tensors whose quantized form, NAME_fake, has its nodes
 
-    def constant(name, value):
+    def constant(name: str, value: np.ndarray | np.generic) -> str:
         graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
-    def quantized_input(name, factors):
+    def quantized_input(name: str, factors: np.ndarray | None) -> list[onnx.NodeProto]:
         limit, source = largest[name].max(), name
         nodes = []
         if factors is not None:
@@ -116,7 +119,7 @@ def quantize(model, products, largest):
                 helper.make_node("QuantizeLinear", [source, *scale], [f"{name}_int8"], f"{name}_quantize"),
                 helper.make_node("DequantizeLinear", [f"{name}_int8", *scale], [f"{name}_fake"], f"{name}_dequantize")]
 
-    def quantized_weight(tensor, factors):
+    def quantized_weight(tensor: onnx.TensorProto, factors: np.ndarray | None) -> list[onnx.NodeProto]:
         name, weight = tensor.name, numpy_helper.to_array(tensor)
         if factors is not None:
             weight = weight / factors[:, None]
@@ -143,7 +146,7 @@ def quantize(model, products, largest):
     graph.node.extend(nodes)
 
 
-def rename_inputs(model, names):
+def rename_inputs(model: onnx.ModelProto, names: dict[str, str]) -> None:
     """Rename the inputs of `model`, in place; `names` is {old: new}."""
     for value in model.graph.input:
         value.name = names.get(value.name, value.name)
@@ -151,7 +154,7 @@ def rename_inputs(model, names):
         node.input[:] = [names.get(name, name) for name in node.input]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", default=config.ONNX_MODEL, help="the fp32 model (default: %(default)s)")
     parser.add_argument("--out", default=config.ONNX_INT8_MODEL, help="default: %(default)s")

@@ -8,6 +8,7 @@ One actor runs on each GPU, or where there is none one on each node, with all of
 it one on every N cores. The driver alone needs the model's files: Ray carries them to each node, once.
 """
 
+import argparse
 import contextlib
 import logging
 import os
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +47,7 @@ VARIABLES = ("MLC_MAX_NUM_THREADS", "OMP_NUM_THREADS", "ONNXRUNTIME_PREFERRED_EX
              "TF_INTER_OP_PARALLELISM_THREADS", "TF_INTRA_OP_PARALLELISM_THREADS", "USE_GPU")
 
 
-def connect():
+def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start a local one. Raises UserError."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -66,16 +69,16 @@ def connect():
         raise UserError(f"RAY_ADDRESS={address or ''}: Ray cannot start ({last_line(error)})") from None
 
 
-def last_line(error):
+def last_line(error: Exception | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def places():
+def places() -> list[tuple[str, int | None]]:
     """Where actors belong: [(node's id, cores, or None for one GPU)]. Raises UserError where there is no place."""
     nodes = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    gpus = [(node, None) for node, has in nodes if config.use_gpu() for _ in range(int(has.get("GPU", 0)))]
+    gpus: list[tuple[str, int | None]] = [(node, None) for node, has in nodes if config.use_gpu() for _ in range(int(has.get("GPU", 0)))]
     wanted = config.env_count("MLC_MAX_NUM_THREADS")
-    cores = [(node, wanted or int(has["CPU"])) for node, has in nodes if has.get("CPU", 0) >= 1
+    cores: list[tuple[str, int | None]] = [(node, wanted or int(has["CPU"])) for node, has in nodes if has.get("CPU", 0) >= 1
              for _ in range(int(has["CPU"]) // wanted if wanted else 1)]
     if not gpus and not cores:
         raise UserError(f"the Ray cluster's {len(nodes)} nodes have no {wanted or 1} cores for an actor; start nodes "
@@ -83,7 +86,7 @@ def places():
     return gpus or cores
 
 
-def read_files(model):
+def read_files(model: str) -> tuple[dict[str, np.ndarray], str]:
     """The files of `model` (as in pytorch_SUT.read_weights) and its path among them: {path: uint8 array}, path.
 
     Raises UserError where one cannot be read.
@@ -101,14 +104,15 @@ def read_files(model):
 class Actor:
     """A backend on a node of the cluster."""
 
-    def __init__(self, cores, variables):
+    def __init__(self, cores: int | None, variables: dict[str, str]) -> None:
         """`cores` is how many are the actor's own, None on a GPU; `variables` are the driver's, {name: value}."""
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray's guess; a framework that has the whole machine knows better
         os.environ.update(variables)
-        if cores and cores < os.cpu_count():
+        if cores and cores < (os.cpu_count() or 1):
             os.environ["MLC_MAX_NUM_THREADS"] = str(cores)
 
-    def load(self, kind, args, model, files):
+    def load(self, kind: Callable[[argparse.Namespace], Any], args: argparse.Namespace, model: str,
+             files: dict[str, np.ndarray]) -> tuple[str, int, str]:
         """Make the backend `kind(args)` of a model of `read_files`, and run it once. Returns (name, vocab_size, together)."""
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             for path, data in files.items():
@@ -120,14 +124,14 @@ class Actor:
         self.backend.predict(Batch(zeros, ones, zeros, ones.sum(1, np.int32)))  # the first one takes longer
         return self.backend.name, self.backend.vocab_size, self.backend.together
 
-    def predict(self, batch):
+    def predict(self, batch: Batch) -> np.ndarray:
         return self.backend.predict(batch)
 
 
 class RayBackend:
     """A backend whose batches run on actors of a Ray cluster, in calls of several threads."""
 
-    def __init__(self, backend, kind, args):
+    def __init__(self, backend: str, kind: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
         """The actors run the backend of run.py's name `backend` and class `kind`; `args` are run.py's.
 
         Raises UserError where cluster or model cannot be used.
@@ -139,8 +143,8 @@ class RayBackend:
         connect()
         self.load = kind, args, name, ray.put(files)
         self.changed = threading.Condition()  # guards the three that follow
-        self.calls = {}  # actor: how many batches it has
-        self.homes = {}  # actor: its place
+        self.calls: dict[ray.actor.ActorHandle, int] = {}  # actor: how many batches it has
+        self.homes: dict[ray.actor.ActorHandle, tuple[str, int | None]] = {}  # actor: its place
         self.starting = 0  # how many are being replaced
         homes = places()
         told = self.start(homes)
@@ -151,7 +155,7 @@ class RayBackend:
         self.workers = CALLS * len(homes)
         self.name = f"Ray {ray.__version__}, {len(homes)} actors on {len({node for node, _ in homes})} nodes: {name}"
 
-    def start(self, homes):
+    def start(self, homes: list[tuple[str, int | None]]) -> set[tuple[str, int, str]]:
         """Add an actor in each of `homes` (of `places`); returns the set of what they tell. Raises UserError."""
         variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
         actors = {}
@@ -178,17 +182,20 @@ class RayBackend:
             self.calls.update(dict.fromkeys(actors, 0))
         return told
 
-    def predict(self, batch):
+    def predict(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch`, float32 (tokens, 2)."""
-        for left in reversed(range(TRIES)):
+        left = TRIES
+        while True:
+            left -= 1
             with self.changed:
                 self.changed.wait_for(lambda: self.calls or not self.starting)
                 if not self.calls:
                     raise UserError("every Ray actor is lost; their logs are in Ray's folder of each node")
-                actor = min(self.calls, key=self.calls.get)
+                actor = min(self.calls, key=self.calls.__getitem__)
                 self.calls[actor] += 1
             try:
-                return ray.get(actor.predict.remote(batch))
+                logits: np.ndarray = ray.get(actor.predict.remote(batch))
+                return logits
             except RayTaskError as error:
                 raise error.cause from error
             except RayError as error:
@@ -202,7 +209,7 @@ class RayBackend:
                     if actor in self.calls:
                         self.calls[actor] -= 1
 
-    def replace(self, actor, error):
+    def replace(self, actor: ray.actor.ActorHandle, error: RayError) -> None:
         """Start another in place of a lost actor, unless another thread does; where it cannot, go on without."""
         with self.changed:
             if self.calls.pop(actor, None) is None:
@@ -220,6 +227,6 @@ class RayBackend:
                 self.starting -= 1
                 self.changed.notify_all()
 
-    def close(self):
+    def close(self) -> None:
         """Leave the cluster; end a local one."""
         ray.shutdown()

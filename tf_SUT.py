@@ -1,10 +1,12 @@
 """The TensorFlow backend: runs a frozen graph of BERT for question answering."""
 
+import argparse
 import os
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices of processor and missing GPU
 
+import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
@@ -12,12 +14,13 @@ from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
+from squad_QSL import Batch
 
 INPUTS = ("input_ids:0", "input_mask:0", "segment_ids:0")  # int32 (batch, length)
 LOGITS = "logits:0"  # float32 (batch, length, 2)
 
 
-def read_graph(path):
+def read_graph(path: str) -> tf.Graph:
     """Read a frozen graph into a tf.Graph. Raises UserError where it is missing, damaged or not BERT's."""
     definition = tf.compat.v1.GraphDef()
     try:
@@ -42,13 +45,13 @@ def read_graph(path):
     return graph
 
 
-def fixed_sizes(path, graph):
+def fixed_sizes(path: str, graph: tf.Graph) -> tuple[int | None, bool]:
     """(length, one by one) of the graph's inputs: the length in tokens or None where any will do, a batch of 1 only.
 
     Raises UserError where the inputs are too short for the features, or take batches of another fixed size.
     """
     shapes = [graph.get_tensor_by_name(name).shape for name in INPUTS]
-    sizes = shapes[0].as_list() if shapes[0].rank == 2 else ()
+    sizes: list[int | None] = shapes[0].as_list() if shapes[0].rank == 2 else []
     if shapes != shapes[:1] * 3 or len(sizes) != 2 or sizes[0] not in (None, 1) or \
             sizes[1] not in (None, MAX_SEQ_LENGTH):
         raise UserError(f"{path}: the graph's inputs are {', '.join(map(str, shapes))}; (1, {MAX_SEQ_LENGTH}) or "
@@ -67,7 +70,7 @@ class TensorFlowBackend:
     workers = 1
     vocab_size = sys.maxsize  # the file does not say; an unknown token fails in `predict`
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         """`args` are run.py's. Raises UserError where the model cannot be used."""
         self.path = path = config.env("ML_MODEL_FILE_WITH_PATH", config.TF_MODEL)
         threads = config.env_count("MLC_MAX_NUM_THREADS")
@@ -90,15 +93,16 @@ class TensorFlowBackend:
         self.call = tf.compat.v1.Session(graph=graph, config=settings).make_callable(LOGITS, feed_list=list(INPUTS))
         self.name = f"TensorFlow {tf.__version__}, {'cuda' if gpu else 'cpu'}, fp32"
 
-    def predict(self, batch):
+    def predict(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where the graph cannot take it."""
         return batch.packed(self.logits(batch))
 
-    def logits(self, batch):
+    def logits(self, batch: Batch) -> np.ndarray:
         """The logits of a `squad_QSL.Batch` as one call of the graph gives them, float32 (B, L, 2)."""
         longest = batch.input_ids.shape[1]
         try:
-            return self.call(*batch.padded_to(self.length or longest))[:, :longest]
+            logits: np.ndarray = self.call(*batch.padded_to(self.length or longest))[:, :longest]
         except tf.errors.OpError as error:
             raise UserError(f"{self.path}: TensorFlow cannot run the graph ({str(error).splitlines()[0]}); "
                             "the model must fit the vocabulary of VOCAB_FILE") from None
+        return logits

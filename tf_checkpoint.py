@@ -5,6 +5,7 @@ Weights go by Hugging Face's names and shapes everywhere else; this is the one p
 
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ RENAMED = (
 SKIPPED = re.compile(r".*/adam_[mv]$|global_step$|bert/pooler/|cls/predictions/|cls/seq_relationship/")
 
 
-def variables(sizes):
+def variables(sizes: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The variables of a BERT of these sizes (of `read_config`): {Google's name: (Hugging Face's name, its shape)}.
 
     A kernel is stored (in, out), Hugging Face's weight (out, in).
@@ -36,7 +37,7 @@ def variables(sizes):
     return table
 
 
-def tensorflow():
+def tensorflow() -> Any:
     """The module, without its notices of processor and missing GPU; imported late, for it takes seconds."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow
@@ -44,7 +45,7 @@ def tensorflow():
     return tensorflow
 
 
-def read_checkpoint(prefix, sizes):
+def read_checkpoint(prefix: str, sizes: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Read a checkpoint: (weights, skipped), weights as {Hugging Face's name: float32 array}, skipped a list of names.
 
     `prefix` is the path without .index. Raises UserError where a file is missing or damaged, or where a variable is
@@ -84,7 +85,7 @@ def read_checkpoint(prefix, sizes):
     return weights, skipped
 
 
-def write_checkpoint(prefix, sizes, weights):
+def write_checkpoint(prefix: str, sizes: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
     """Write `weights`, {Hugging Face's name: float32 array}, as the checkpoint `prefix`. Raises UserError."""
     tf = tensorflow()
 
@@ -101,5 +102,5 @@ def write_checkpoint(prefix, sizes, weights):
                         "give another folder or free disk") from None
 
 
-def _first_line(error):
+def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

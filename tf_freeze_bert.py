@@ -8,6 +8,7 @@ Inputs `input_ids:0`, `input_mask:0`, `segment_ids:0`, int32 (batch, length), bo
 
 import argparse
 import os
+from typing import Any
 
 import numpy as np
 
@@ -18,19 +19,20 @@ from pytorch_SUT import read_config
 from tf_checkpoint import read_checkpoint, tensorflow
 
 
-def build_graph(sizes, weights, shape=(None, None)):
+def build_graph(sizes: dict[str, Any], weights: dict[str, np.ndarray],
+                shape: tuple[int | None, int | None] = (None, None)) -> Any:
     """BERT as a GraphDef. `weights` are {Hugging Face's name: float32 array}, `shape` is the inputs' (batch, length)."""
     tf = tensorflow()
 
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     epsilon = sizes.get("layer_norm_eps", 1e-12)
 
-    def linear(x, *names):  # several layers of the same input become one
+    def linear(x: Any, *names: str) -> Any:  # several layers of the same input become one
         kernel = np.concatenate([weights[f"{name}.weight"] for name in names]).T
         bias = np.concatenate([weights[f"{name}.bias"] for name in names])
         return tf.nn.bias_add(tf.matmul(x, kernel), bias)
 
-    def norm(x, name):
+    def norm(x: Any, name: str) -> Any:
         mean, variance = tf.nn.moments(x, [-1], keepdims=True)
         return tf.nn.batch_normalization(x, mean, variance, tf.constant(weights[f"{name}.bias"]),
                                          tf.constant(weights[f"{name}.weight"]), epsilon)
@@ -59,7 +61,7 @@ def build_graph(sizes, weights, shape=(None, None)):
     return graph.as_graph_def()
 
 
-def write_graph(path, graph):
+def write_graph(path: str, graph: Any) -> None:
     """Write a GraphDef. Raises UserError where the file cannot be written or would pass protobuf's 2 GB."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -71,7 +73,7 @@ def write_graph(path, graph):
         raise UserError(f"{path}: the graph does not fit into one file ({error})") from None
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tf_checkpoint", default=config.TF_CHECKPOINT, help="path without .index (default: %(default)s)")
     parser.add_argument("--bert_config", default=config.BERT_CONFIG, help="default: BERT-Large's")
