@@ -47,6 +47,7 @@ convert: $(call packages,convert) ## BERT-Large's TensorFlow checkpoint -> model
 .PHONY: test
 test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy *.py
 	$(PYTHON) -m pytest -q tests
 
 .PHONY: venv

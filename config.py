@@ -7,6 +7,8 @@ Paths are relative to the folder a script is started in, as in the MLPerf BERT r
 import argparse
 import os
 import sys
+from collections.abc import Callable, Collection
+from typing import NoReturn
 
 BUILD_DIR = "build"
 MODEL_DIR = f"{BUILD_DIR}/data/bert_tf_v1_1_large_fp32_384_v2"  # the reference's name for all BERT-Large files
@@ -32,23 +34,23 @@ class UserError(Exception):
     """What a user gave cannot be used. The message is one line: which file or value, what is wrong, what to do."""
 
 
-def env(name, default):
+def env(name: str, default: str) -> str:
     """The environment variable `name`; `default` where it is not set or empty."""
     return os.environ.get(name) or default
 
 
-def onnx_model(dtype):
+def onnx_model(dtype: str) -> str:
     """The path of the ONNX model to run in `dtype`."""
     return env("ML_MODEL_FILE_WITH_PATH", ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL)
 
 
-def model(backend, dtype):
+def model(backend: str, dtype: str) -> str:
     """The path of the model that `--backend=backend` runs in `dtype`."""
     own = {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}
     return env("ML_MODEL_FILE_WITH_PATH", own[backend]) if backend in own else onnx_model(dtype)
 
 
-def onnx_inputs(path, found):
+def onnx_inputs(path: str, found: Collection[str]) -> tuple[str, str, str]:
     """The one of ONNX_INPUTS that the names `found` in the file `path` are, in any order. Raises UserError."""
     for names in ONNX_INPUTS:
         if set(names) == set(found):
@@ -57,19 +59,19 @@ def onnx_inputs(path, found):
                     "bert_tf_to_pytorch.py and quantize_bert.py make files that fit")
 
 
-def dataset_files():
+def dataset_files() -> tuple[str, str]:
     """The paths of the data set and of the vocabulary."""
     return env("DATASET_FILE", DATASET), env("VOCAB_FILE", VOCAB)
 
 
-def count(text):
+def count(text: str) -> int:
     """`text` as an integer above 0, for argparse. Raises argparse.ArgumentTypeError for anything else."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
-def env_count(name):
+def env_count(name: str) -> int | None:
     """The environment variable `name` as an integer above 0, None where it is not set or empty.
 
     Raises UserError for anything else.
@@ -81,12 +83,12 @@ def env_count(name):
         raise UserError(f"{name}: {error}; correct or unset it") from None
 
 
-def use_gpu():
+def use_gpu() -> bool:
     """Whether the environment allows a GPU: USE_GPU is unset or anything but 0, false, off or no."""
     return os.environ.get("USE_GPU", "").strip().lower() not in ("0", "false", "off", "no")
 
 
-def script(main):
+def script(main: Callable[[], int | None]) -> NoReturn:
     """Run `main()` as a command: a UserError becomes one line on standard error and exit status 1."""
     try:
         sys.exit(main())

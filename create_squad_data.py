@@ -18,6 +18,7 @@ import re
 import sys
 import zipfile
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -66,11 +67,11 @@ class Features:
     word: np.ndarray  # int32 (N, 384), index of the passage word a token belongs to, -1 outside the passage
     max_context: np.ndarray  # bool (N, 384), this window shows the token with the most context on both sides
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lengths)
 
 
-def read_squad(path):
+def read_squad(path: str) -> Squad:
     """Read the SQuAD v1.1 JSON file `path` into a `Squad`. Raises UserError where it is missing or of another form."""
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -81,7 +82,7 @@ def read_squad(path):
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: the data set is not JSON ({error}); give a SQuAD v1.1 file") from None
 
-    def get(node, key, kind, where):
+    def get(node: Any, key: str, kind: type, where: str) -> Any:
         value = node.get(key) if isinstance(node, dict) else None
         if not isinstance(value, kind):
             raise UserError(f"{path}: {where} has no {key!r} that is a {kind.__name__}; give a SQuAD v1.1 file")
@@ -109,7 +110,7 @@ def read_squad(path):
     return Squad(path, passages, questions)
 
 
-def read_vocab(path):
+def read_vocab(path: str) -> dict[str, int]:
     """Read a BERT vocabulary, one token a line, into {token: id}. Raises UserError where it cannot be one."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -129,12 +130,12 @@ def read_vocab(path):
     return vocab
 
 
-def uncased():
+def uncased() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
     """Google BERT's uncased basic tokenization as a (normalizer, pre-tokenizer) pair of `tokenizers`."""
     return normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
 
 
-def wordpiece(vocab):
+def wordpiece(vocab: dict[str, int]) -> Tokenizer:
     """The uncased WordPiece tokenizer over `vocab`.
 
     Special tokens are not registered: a literal "[SEP]" in a passage is text, as in Google's code. A word of more
@@ -145,12 +146,12 @@ def wordpiece(vocab):
     return tokenizer
 
 
-def passage_words(passage):
+def passage_words(passage: str) -> list[str]:
     """The words of a passage, split as run_squad.py splits it; `Features.word` indexes them."""
     return WORD.findall(passage)
 
 
-def window_spans(tokens, room):
+def window_spans(tokens: int, room: int) -> list[tuple[int, int]]:
     """The windows over a passage of `tokens` tokens that show at most `room` of them: [(start, length), …]."""
     spans = []
     start = 0
@@ -163,7 +164,7 @@ def window_spans(tokens, room):
     return spans
 
 
-def context_winners(spans, tokens):
+def context_winners(spans: list[tuple[int, int]], tokens: int) -> np.ndarray:
     """For each of a passage's `tokens` tokens, the window of `spans` that shows it with the most context.
 
     A token's context in a window is the smaller of its tokens to the left and to the right there, plus a hundredth of
@@ -175,13 +176,14 @@ def context_winners(spans, tokens):
         inside = slice(start, start + length)
         left = position[inside] - start
         scores[row, inside] = np.minimum(left, length - 1 - left) + 0.01 * length
-    return scores.argmax(axis=0)
+    winners: np.ndarray = scores.argmax(axis=0)
+    return winners
 
 
-def make_features(squad, vocab):
+def make_features(squad: Squad, vocab: dict[str, int]) -> Features:
     """Tokenize `squad` (a `Squad`) with `vocab` ({token: id}) and cut it into windows. Returns `Features`."""
     tokenizer = wordpiece(vocab)
-    passages = []
+    passages: list[tuple[np.ndarray, np.ndarray]] = []
     for text, encoding in zip(squad.passages, tokenizer.encode_batch(squad.passages)):
         word_starts = [match.start() for match in WORD.finditer(text)]
         token_starts = np.array([start for start, _ in encoding.offsets], np.int64)
@@ -223,7 +225,7 @@ def make_features(squad, vocab):
     return features
 
 
-def _key(dataset, vocab_file):
+def _key(dataset: str, vocab_file: str) -> str:
     """The name of these inputs' features: a digest of all that decides them."""
     digest = hashlib.sha256()
     settings = (CACHE_VERSION, tokenizers.__version__, MAX_SEQ_LENGTH, DOC_STRIDE, MAX_QUERY_LENGTH)
@@ -234,7 +236,7 @@ def _key(dataset, vocab_file):
     return digest.hexdigest()
 
 
-def _read_cache(path, key):
+def _read_cache(path: str, key: str) -> tuple[Features | None, str | None]:
     """(features, None) from the cache file `path`, or (None, why) where it cannot be used, why None if it is not there."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -247,7 +249,7 @@ def _read_cache(path, key):
         return None, f"is damaged ({error})"
 
 
-def _write_npz(path, arrays):
+def _write_npz(path: str, arrays: dict[str, Any]) -> None:
     """Write `arrays` to the .npz file `path`, whole or not at all. Raises OSError."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = f"{path}.{os.getpid()}.part"
@@ -260,7 +262,7 @@ def _write_npz(path, arrays):
             os.unlink(part)
 
 
-def keep_arrays(path, arrays):
+def keep_arrays(path: str, arrays: dict[str, np.ndarray]) -> None:
     """Write `arrays` to the cache file `path`; only a notice where that cannot be."""
     try:
         _write_npz(path, arrays)
@@ -268,7 +270,8 @@ def keep_arrays(path, arrays):
         print(f"notice: cannot keep {path} ({error.strerror}); going on without", file=sys.stderr)
 
 
-def load_features(dataset, vocab_file, cache=None, max_examples=None):
+def load_features(dataset: str, vocab_file: str, cache: str | None = None,
+                  max_examples: int | None = None) -> tuple[Squad, Features]:
     """Read the data set and its features: (Squad, Features).
 
     The features come from the cache file `cache` (default: one under build/cache named after the content of the data
@@ -290,7 +293,7 @@ def load_features(dataset, vocab_file, cache=None, max_examples=None):
     return squad, features
 
 
-def read_calibration(path, squad, features):
+def read_calibration(path: str, squad: Squad, features: Features) -> np.ndarray:
     """The features that the list `path` names: int array. Raises UserError where a line names none."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -312,7 +315,7 @@ def read_calibration(path, squad, features):
     return rows
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=config.env("DATASET_FILE", config.DATASET), help="SQuAD v1.1 JSON file")
     parser.add_argument("--vocab_file", default=config.env("VOCAB_FILE", config.VOCAB), help="BERT's vocab.txt")

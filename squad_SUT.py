@@ -1,26 +1,37 @@
 """The system under test: the life of a query, once, for every scenario and every backend.
 
 LoadGen's threads only put samples on a queue. Worker threads take what waits there, form a batch, hand it to the
-backend and give its logits back to LoadGen.
-
-A backend is an object with
-    name                what runs, for people: framework, version, device, dtype
-    vocab_size          how many tokens the model knows
-    workers             how many threads may call predict at once
-    together            which samples it wants in one batch: "any"; "equal", those of one length, where padding costs
-                        more than it gains; "one", where its graph takes no more
-    path                the model's file, for the run's record; a backend without one has no such attribute
-    predict(batch)      takes a `squad_QSL.Batch` and returns the start and end logits of every token, sample after
-                        sample without padding, as float32 (tokens, 2)
-    close()             only where it has started what outlives the process: ends that
+backend and give its logits back to LoadGen. `Backend` says what a backend has.
 """
 
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import mlperf_loadgen as lg
 import numpy as np
+
+from squad_QSL import Batch
+
+
+class Backend(Protocol):
+    """What every backend has. Some have more:
+
+        path        the model's file, for the run's record; a backend without one has no such attribute
+        close()     only where it has started what outlives the process: ends that
+    """
+
+    name: str  # what runs, for people: framework, version, device, dtype
+    vocab_size: int  # how many tokens the model knows
+    workers: int  # how many threads may call predict at once
+    # Which samples it wants in one batch: "any"; "equal", those of one length, where padding costs more than it gains;
+    # "one", where its graph takes no more.
+    together: str
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        """The start and end logits of every token, sample after sample without padding, as float32 (tokens, 2)."""
 
 
 class SquadSUT:
@@ -30,32 +41,34 @@ class SquadSUT:
     would abort the process, and a query that is never answered would keep it waiting for ever.
     """
 
-    def __init__(self, backend, qsl, batching, fail):
-        """`batching` is a `Batching`; starts the backend's `workers` threads."""
+    def __init__(self, backend: Backend, qsl: Any, batching: "Batching",
+                 fail: Callable[[BaseException], object]) -> None:
+        """`qsl` is a `SquadQSL`, or has its `lengths` and `batch`; starts the backend's `workers` threads."""
         self.backend, self.qsl, self.batching, self.fail = backend, qsl, batching, fail
-        self.arrived = queue.SimpleQueue()  # lists of LoadGen's QuerySamples; None ends a worker
+        # Lists of LoadGen's QuerySamples; None ends a worker.
+        self.arrived: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
         self.forming = threading.Lock()  # held while a worker waits for samples and forms its batch
         self.issued = self.answered = 0  # samples so far, for whoever watches the run
-        self.waiting = deque()  # (sample index, query id), in the order in which they will run
+        self.waiting: deque[tuple[int, Any]] = deque()  # (sample index, query id), in the order in which they will run
         self.workers = [threading.Thread(target=self.work, daemon=True) for _ in range(backend.workers)]
         for worker in self.workers:
             worker.start()
 
-    def issue_queries(self, samples):
+    def issue_queries(self, samples: list[Any]) -> None:
         """LoadGen's callback: new samples, [QuerySample]. Returns at once."""
         self.arrived.put(samples)
         self.issued += len(samples)
 
-    def flush_queries(self):
+    def flush_queries(self) -> None:
         """LoadGen's callback: no more samples follow in this series. Nothing is held back, so nothing is to do."""
 
-    def stop(self):
+    def stop(self) -> None:
         """End the workers; to be called when LoadGen has no query open."""
         self.arrived.put(None)
         for worker in self.workers:
             worker.join()
 
-    def work(self):
+    def work(self) -> None:
         """A worker thread: batches, until `stop`."""
         try:
             while samples := self.next_samples():
@@ -66,11 +79,11 @@ class SquadSUT:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run cannot go on without this worker
             self.fail(error)
 
-    def answer(self, ids, batch):
+    def answer(self, ids: Sequence[Any], batch: Batch) -> None:
         """Run a batch and complete its queries `ids`."""
         respond(ids, batch.lengths, self.backend.predict(batch))
 
-    def next_samples(self):
+    def next_samples(self) -> list[tuple[int, Any]]:
         """Wait for samples and take the next batch of them: [(sample index, query id)], empty at the end."""
         with self.forming:
             while not self.waiting or not self.arrived.empty():
@@ -87,14 +100,14 @@ class SquadSUT:
 class Batching:
     """How waiting samples become batches."""
 
-    def __init__(self, together, max_tokens, sort):
+    def __init__(self, together: str, max_tokens: int, sort: bool) -> None:
         """The samples that a backend wants `together`, and at most `max_tokens` tokens (but one sample at least) a batch.
 
         `sort`: longest first, not in turn.
         """
         self.together, self.max_tokens, self.sort = together, max_tokens, sort
 
-    def take(self, waiting, lengths):
+    def take(self, waiting: deque[tuple[int, Any]], lengths: np.ndarray | dict[int, int]) -> list[tuple[int, Any]]:
         """Remove the next batch from the deque `waiting` of (sample index, query id) and return it as a list.
 
         `lengths` are the tokens of each sample of the library.
@@ -110,7 +123,7 @@ class Batching:
         return samples
 
 
-def checked(lengths, logits):
+def checked(lengths: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """`logits`, what a backend gave for samples of `lengths` tokens. Raises RuntimeError where it is not its duty."""
     if logits.dtype != np.float32 or logits.shape != (lengths.sum(), 2):
         raise RuntimeError(f"the backend gave logits {logits.dtype} {logits.shape} for {lengths.sum()} tokens; "
@@ -118,7 +131,7 @@ def checked(lengths, logits):
     return np.ascontiguousarray(logits)
 
 
-def respond(ids, lengths, logits):
+def respond(ids: Sequence[int], lengths: np.ndarray, logits: np.ndarray) -> None:
     """Complete the queries `ids`: sample i's response is the next `lengths[i]` rows of `logits`.
 
     `logits` is float32 (sum of lengths, 2). LoadGen copies what it keeps before this returns. Raises RuntimeError where
