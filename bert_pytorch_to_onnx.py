@@ -35,13 +35,13 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
-    def constant(self, value: Any, name: str | None = None) -> str:
+    def constant(self, value: np.ndarray | np.generic, name: str | None = None) -> str:
         """The name of a constant, `value` as an array."""
         name = name or f"constant_{len(self.constants)}"
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
-    def add(self, operator: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+    def add(self, operator: str, *inputs: str | np.ndarray | np.generic, outputs: int = 1, **attributes: Any) -> Any:
         """Append a node; `inputs` are tensors or arrays. Returns the name of its output, or a list of `outputs` names."""
         tensors = [tensor if isinstance(tensor, str) else self.constant(tensor) for tensor in inputs]
         name = f"{operator}_{len(self.nodes)}"

@@ -33,7 +33,7 @@ import network_format
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
-from squad_SUT import Batching, SquadSUT, checked
+from squad_SUT import Backend, Batching, SquadSUT, checked
 
 BODY_LIMIT = 16 * 2**20  # bytes of a request
 SHUTDOWN_S = 1  # how long a signal lets open requests run
@@ -73,7 +73,7 @@ class Arrivals:
 class NetworkSUT(SquadSUT):
     """Answers requests as `SquadSUT` answers LoadGen. A query's id is (the future that waits for its logits, tokens)."""
 
-    def __init__(self, backend: Any, batching: Batching) -> None:
+    def __init__(self, backend: Backend, batching: Batching) -> None:
         """To be called in the event loop."""
         self.loop = asyncio.get_running_loop()
         self.within = batching  # a request
@@ -172,7 +172,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def description(backend: Any, node: str) -> dict[str, Any]:
+def description(backend: Backend, node: str) -> dict[str, Any]:
     """What /getname/ tells: the name and, for a client that spreads its queries, what must be the same on all nodes.
 
     The digest of the logits of a fixed sample stands for the model; computing it warms the backend up.
@@ -184,7 +184,8 @@ def description(backend: Any, node: str) -> dict[str, Any]:
             "together": backend.together, "logits": hashlib.sha256(backend.predict(sample).tobytes()).hexdigest()}
 
 
-def serve(backend: Any, batching: Batching, node: str, host: str, port: int, stage: Callable[[str], None]) -> None:
+def serve(backend: Backend, batching: Batching, node: str, host: str, port: int,
+          stage: Callable[[str], object]) -> None:
     """Serve `backend` on `host` and `port` until SIGINT or SIGTERM; `stage` is called with a line when it is ready.
 
     Raises UserError where it cannot listen there.

@@ -162,7 +162,8 @@ class Bert:
         self.layers = []
         for layer in range(sizes["num_hidden_layers"]):
             prefix = f"bert.encoder.layer.{layer}"
-            parts: list[Sequence[torch.Tensor]] = [take(f"{prefix}.attention.self.{name}") for name in ("query", "key", "value")]
+            parts: list[Sequence[torch.Tensor]] = [
+                take(f"{prefix}.attention.self.{name}") for name in ("query", "key", "value")]
             scale = (sizes["hidden_size"] / self.heads) ** -0.5
             parts[0] = [tensor * scale for tensor in parts[0]]  # the scale of attention, once instead of at each score
             self.layers.append((

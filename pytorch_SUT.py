@@ -200,13 +200,13 @@ def int8_ranges(model: str) -> Ranges:
         print(f"notice: {cache} is damaged ({error}); calibrating anew", file=sys.stderr)
 
     qsl = SquadQSL(features)
-    ranges = input_ranges(model, (qsl.batch(np.array([row])) for row in rows))
+    ranges: Ranges = input_ranges(model, (qsl.batch(np.array([row])) for row in rows))
     keep_arrays(cache, {name: torch.stack(pair).numpy() for name, pair in ranges.items()})
     return ranges
 
 
-def packed_inputs(batch: Batch, device: torch.device | str = "cpu") -> \
-        tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+def packed_inputs(batch: Batch,
+                  device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
     """What `Bert` takes for a `squad_QSL.Batch`: ids, segments and positions, int32 (tokens,), and the lengths."""
     lengths = batch.lengths.tolist()
     positions = np.broadcast_to(np.arange(batch.input_ids.shape[1], dtype=np.int32), batch.input_ids.shape)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,10 +37,15 @@ from create_squad_data import MAX_SEQ_LENGTH
 from pytorch_SUT import int8_ranges, model_files
 from squad_QSL import Batch
 
+if TYPE_CHECKING:  # not on the nodes: it needs LoadGen, which runs on the driver alone
+    from squad_SUT import Backend
+
 TRIES = 3  # how often a batch is run when its actor is lost
 ANSWER_S = 10  # until a cluster must have answered
 START_S = 60  # until an actor's process must have started; the model's way to it takes what it takes
 CALLS = 2  # batches an actor has at once: one that it runs and one that is on its way
+
+Place = tuple[str, int | None]  # as `places` gives it
 
 # What the driver's environment tells the actors' backends.
 VARIABLES = ("MLC_MAX_NUM_THREADS", "OMP_NUM_THREADS", "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER",
@@ -73,13 +78,14 @@ def last_line(error: Exception | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def places() -> list[tuple[str, int | None]]:
+def places() -> list[Place]:
     """Where actors belong: [(node's id, cores, or None for one GPU)]. Raises UserError where there is no place."""
     nodes = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    gpus: list[tuple[str, int | None]] = [(node, None) for node, has in nodes if config.use_gpu() for _ in range(int(has.get("GPU", 0)))]
+    gpus: list[Place] = [(node, None) for node, has in nodes if config.use_gpu()
+                         for _ in range(int(has.get("GPU", 0)))]
     wanted = config.env_count("MLC_MAX_NUM_THREADS")
-    cores: list[tuple[str, int | None]] = [(node, wanted or int(has["CPU"])) for node, has in nodes if has.get("CPU", 0) >= 1
-             for _ in range(int(has["CPU"]) // wanted if wanted else 1)]
+    cores: list[Place] = [(node, wanted or int(has["CPU"])) for node, has in nodes if has.get("CPU", 0) >= 1
+                          for _ in range(int(has["CPU"]) // wanted if wanted else 1)]
     if not gpus and not cores:
         raise UserError(f"the Ray cluster's {len(nodes)} nodes have no {wanted or 1} cores for an actor; start nodes "
                         "with more, or set MLC_MAX_NUM_THREADS to fewer")
@@ -111,7 +117,7 @@ class Actor:
         if cores and cores < (os.cpu_count() or 1):
             os.environ["MLC_MAX_NUM_THREADS"] = str(cores)
 
-    def load(self, kind: Callable[[argparse.Namespace], Any], args: argparse.Namespace, model: str,
+    def load(self, kind: "Callable[[argparse.Namespace], Backend]", args: argparse.Namespace, model: str,
              files: dict[str, np.ndarray]) -> tuple[str, int, str]:
         """Make the backend `kind(args)` of a model of `read_files`, and run it once. Returns (name, vocab_size, together)."""
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -131,7 +137,8 @@ class Actor:
 class RayBackend:
     """A backend whose batches run on actors of a Ray cluster, in calls of several threads."""
 
-    def __init__(self, backend: str, kind: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    def __init__(self, backend: str, kind: "Callable[[argparse.Namespace], Backend]",
+                 args: argparse.Namespace) -> None:
         """The actors run the backend of run.py's name `backend` and class `kind`; `args` are run.py's.
 
         Raises UserError where cluster or model cannot be used.
@@ -144,7 +151,7 @@ class RayBackend:
         self.load = kind, args, name, ray.put(files)
         self.changed = threading.Condition()  # guards the three that follow
         self.calls: dict[ray.actor.ActorHandle, int] = {}  # actor: how many batches it has
-        self.homes: dict[ray.actor.ActorHandle, tuple[str, int | None]] = {}  # actor: its place
+        self.homes: dict[ray.actor.ActorHandle, Place] = {}  # actor: its place
         self.starting = 0  # how many are being replaced
         homes = places()
         told = self.start(homes)
@@ -155,7 +162,7 @@ class RayBackend:
         self.workers = CALLS * len(homes)
         self.name = f"Ray {ray.__version__}, {len(homes)} actors on {len({node for node, _ in homes})} nodes: {name}"
 
-    def start(self, homes: list[tuple[str, int | None]]) -> set[tuple[str, int, str]]:
+    def start(self, homes: list[Place]) -> set[tuple[str, int, str]]:
         """Add an actor in each of `homes` (of `places`); returns the set of what they tell. Raises UserError."""
         variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
         actors = {}
