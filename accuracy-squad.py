@@ -12,7 +12,7 @@ from create_squad_data import load_features, read_vocab
 from squad_eval import DTYPES, read_log, save_answers, score_log
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--val_data", default=config.env("DATASET_FILE", config.DATASET), help="SQuAD v1.1 JSON file (default: %(default)s)")
     parser.add_argument("--vocab_file", default=config.env("VOCAB_FILE", config.VOCAB), help="BERT's vocab.txt (default: %(default)s)")
@@ -30,7 +30,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     squad, features = load_features(args.val_data, args.vocab_file, args.features_cache_file)
     logits = read_log(args.log_file, len(features), args.output_dtype, args.output_transposed, args.max_examples)

@@ -16,7 +16,8 @@ import hashlib
 import os
 import shutil
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import requests
 import urllib3
@@ -33,7 +34,7 @@ class File(NamedTuple):
     path: str
     address: str
     md5: str
-    backends: tuple
+    backends: tuple[str, ...]
 
 
 EVERY = ("tf", "pytorch", "ray", "onnxruntime", "openvino", "convert")
@@ -69,25 +70,25 @@ CHUNK = 1 << 20
 MIRROR = "set MODEL_MIRROR to a folder or an address that has the files"
 
 
-def md5(path):
+def md5(path: str) -> str:
     """The md5 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def size(path):
+def size(path: str) -> int:
     """The bytes of a file, 0 where there is none."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def reason(error):
+def reason(error: Exception) -> str:
     """What was wrong, of an exception of requests or urllib3, which wrap one in another."""
     while isinstance(inner := getattr(error, "reason", None) or next(iter(error.args), None), Exception):
         error = inner
     return str(error) or type(error).__name__
 
 
-def new_session():
+def new_session() -> requests.Session:
     """A requests.Session that retries where a server is busy or cuts the connection before it has answered."""
     retry = urllib3.Retry(TRIES - 1, connect=0, backoff_factor=WAIT, retry_after_max=60, raise_on_status=False,
                           status_forcelist=(429, 500, 502, 503, 504))
@@ -98,7 +99,7 @@ def new_session():
     return session
 
 
-def ask(session, address, first=0, last=""):
+def ask(session: requests.Session, address: str, first: int = 0, last: str = "") -> requests.Response:
     """The response of `address`, its body still to come: from byte `first` to `last`, where the server can do that.
 
     Raises UserError where the server refuses, requests.RequestException where it cannot be reached.
@@ -111,7 +112,7 @@ def ask(session, address, first=0, last=""):
     return response
 
 
-def source_size(session, source):
+def source_size(session: requests.Session, source: str) -> int | None:
     """The bytes of a source, an address or a path; None where the server does not say. Raises UserError."""
     if "://" not in source:
         if not os.path.isfile(source):
@@ -126,7 +127,7 @@ def source_size(session, source):
         raise UserError(f"{source}: cannot be reached ({reason(error)}); without internet access, {MIRROR}") from None
 
 
-def receive(session, address, part, bar):
+def receive(session: requests.Session, address: str, part: str, bar: "tqdm[Any]") -> None:
     """Append to the file `part` what it lacks of `address`, or all of it where the server cannot resume.
 
     Raises requests.RequestException or urllib3's HTTPError where the connection breaks.
@@ -142,7 +143,7 @@ def receive(session, address, part, bar):
             bar.update(len(data))
 
 
-def download(session, address, part, total):
+def download(session: requests.Session, address: str, part: str, total: int | None) -> None:
     """Bring the file `part` to all `total` bytes (None: unknown) of `address`. Raises UserError."""
     if total is not None and size(part) > total:
         os.remove(part)
@@ -161,7 +162,7 @@ def download(session, address, part, total):
                 time.sleep(WAIT * 2 ** (failures - 1))
 
 
-def fetch(session, file, source, total):
+def fetch(session: requests.Session, file: File, source: str, total: int | None) -> None:
     """Bring one file of the manifest to its place. Raises UserError."""
     part = f"{file.path}.part"
     os.makedirs(os.path.dirname(file.path), exist_ok=True)
@@ -182,7 +183,7 @@ def fetch(session, file, source, total):
 
 
 @contextlib.contextmanager
-def alone(folder):
+def alone(folder: str) -> Iterator[None]:
     """Hold the folder's lock, so that of two downloads at the same time the second waits."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "w") as file:
@@ -194,7 +195,7 @@ def alone(folder):
         yield
 
 
-def setup(files, mirror, folder):
+def setup(files: list[File], mirror: str, folder: str) -> None:
     """Bring the `files` of the manifest to their places under `folder`, from `mirror` if that is not empty."""
     missing = []
     for file in files:
@@ -217,7 +218,7 @@ def setup(files, mirror, folder):
             fetch(session, file, source, total)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=EVERY, help="what this one needs (default: everything)")
     args = parser.parse_args()

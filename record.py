@@ -1,5 +1,8 @@
 """What LoadGen's logs do not know of a run: record.json beside them, written by run.py and read by report.py."""
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import json
 import os
@@ -7,9 +10,13 @@ import platform
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 import config
 from config import UserError
+
+if TYPE_CHECKING:  # numpy and LoadGen
+    from squad_SUT import Backend
 
 RECORD = "record.json"
 # Where the environment decides something, README says what.
@@ -19,7 +26,7 @@ VARIABLES = ("ML_MODEL_FILE_WITH_PATH", "VOCAB_FILE", "DATASET_FILE", "CALIBRATI
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers", "tensorflow", "onnxruntime", "openvino")
 
 
-def processor():
+def processor() -> str:
     """The processor's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -28,13 +35,13 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def gpu():
+def gpu() -> str | None:
     """The name of the GPU that PyTorch sees, None where it is not loaded or sees none."""
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch and torch.cuda.is_available() and config.use_gpu() else None
 
 
-def revision():
+def revision() -> str | None:
     """The commit of this project, with "-dirty" behind it where files were changed; None outside a git checkout."""
     try:
         result = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
@@ -45,11 +52,11 @@ def revision():
     return result.stdout.strip() or None
 
 
-def now():
+def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def describe(args, backend, batch_tokens):
+def describe(args: argparse.Namespace, backend: Backend, batch_tokens: int) -> dict[str, Any]:
     """The record of a run that is about to start: `args` are run.py's, `batch_tokens` the most tokens of a batch."""
     dataset, vocab_file = config.dataset_files()
     model = getattr(backend, "path", None)
@@ -75,7 +82,7 @@ def describe(args, backend, batch_tokens):
     }
 
 
-def finish(record):
+def finish(record: dict[str, Any]) -> None:
     """Add to the record of a run that has ended when that was, and the model's md5 (3 s for BERT-Large's file)."""
     record["finished"] = now()
     if record["model"] and os.path.isfile(record["model"]):
@@ -83,7 +90,7 @@ def finish(record):
             record["model_md5"] = hashlib.file_digest(file, "md5").hexdigest()
 
 
-def write(folder, record):
+def write(folder: str, record: dict[str, Any]) -> None:
     """Write `record` as record.json in `folder`. Raises UserError where it cannot."""
     path = os.path.join(folder, RECORD)
     try:
@@ -94,7 +101,7 @@ def write(folder, record):
                         "with LOG_PATH") from None
 
 
-def read(folder):
+def read(folder: str) -> dict[str, Any]:
     """The record in `folder`, {} where there is none. Raises UserError where it is damaged."""
     path = os.path.join(folder, RECORD)
     try:

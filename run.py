@@ -7,6 +7,8 @@
     python3 run.py --network=lon --sut_server http://HOST:8000 …      LoadGen, with the models of such servers
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import difflib
@@ -20,11 +22,17 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import config
 from config import UserError
 from record import RECORD, describe, finish
 from record import write as write_record
+
+if TYPE_CHECKING:  # numpy and LoadGen
+    from squad_QSL import SquadQSL
+    from squad_SUT import Backend, SquadSUT
 
 SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
 
@@ -61,9 +69,9 @@ QUICK_S = 10  # the least seconds of a --quick run
 OFFLINE_SLACK = 1.1  # LoadGen's: Offline's query lasts so many times the least duration at target_qps
 
 
-def one_of(names):
+def one_of(names: Collection[str]) -> Callable[[str], str]:
     """A parser of one of `names` in any case, for argparse: gives the name as written there."""
-    def parse(text):
+    def parse(text: str) -> str:
         known = {name.lower(): name for name in names}
         if text.lower() in known:
             return known[text.lower()]
@@ -73,7 +81,7 @@ def one_of(names):
     return parse
 
 
-def parse_args(words=None):
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line `words`, the process's own by default. Ends the process where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="run.py [--backend B] [--scenario S] [--accuracy | --quick] [flags below]")
@@ -134,12 +142,12 @@ def parse_args(words=None):
     return args
 
 
-def stage(text):
+def stage(text: str) -> None:
     """Tell the user, on standard error, what is going on."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def load_backend(args):
+def load_backend(args: argparse.Namespace) -> Backend:
     """The backend object that `args` asks for, its model loaded. Raises UserError where it cannot be had."""
     if args.network == "lon":
         from network_LON import NetworkBackend
@@ -156,7 +164,7 @@ def load_backend(args):
     if args.reference and backend == "pytorch":
         name = "PyTorchReference"
     try:
-        kind = getattr(importlib.import_module(module), name)
+        kind: Callable[[argparse.Namespace], Backend] = getattr(importlib.import_module(module), name)
         if args.backend in RAY:
             from ray_SUT import RayBackend
 
@@ -167,7 +175,7 @@ def load_backend(args):
                         f"`make venv BACKEND={'ray' if error.name == 'ray' else backend}` installs it") from None
 
 
-def loadgen_settings(args):
+def loadgen_settings(args: argparse.Namespace) -> tuple[Any, Any]:
     """LoadGen's (TestSettings, LogSettings) for `args`. Raises UserError where a conf file cannot be used."""
     import mlperf_loadgen as lg
 
@@ -193,7 +201,7 @@ def loadgen_settings(args):
     return settings, log_settings
 
 
-def prepare_log_folder(folder):
+def prepare_log_folder(folder: str) -> None:
     """Make the log folder; move the logs of an earlier run aside, so that they are never taken for this one's."""
     try:
         os.makedirs(folder, exist_ok=True)
@@ -210,7 +218,7 @@ def prepare_log_folder(folder):
             from None
 
 
-def batch_tokens(scenario, settings, backend, qsl):
+def batch_tokens(scenario: str, settings: Any, backend: Backend, qsl: SquadQSL) -> int:
     """How many tokens a batch of the scenario may have.
 
     A query of Server may wait for one batch to end before its own runs; a third of the target latency for each leaves
@@ -225,15 +233,16 @@ def batch_tokens(scenario, settings, backend, qsl):
     return min(BATCH_TOKENS, max(1, int(tokens_a_second * settings.server_target_latency_ns / 1e9 / 3)))
 
 
-def least_seconds(settings):
+def least_seconds(settings: Any) -> float:
     """How long LoadGen's performance test takes at least; Offline's at target_qps."""
     duration, queries, scenario = settings.min_duration_ms / 1e3, settings.min_query_count, settings.scenario.name
+    seconds: float = max(duration, queries / settings.server_target_qps if scenario == "Server" else 0)
     if scenario == "Offline":
-        return max(OFFLINE_SLACK * duration, queries / settings.offline_expected_qps)
-    return max(duration, queries / settings.server_target_qps if scenario == "Server" else 0)
+        seconds = max(OFFLINE_SLACK * duration, queries / settings.offline_expected_qps)
+    return seconds
 
 
-def announce(args, settings):
+def announce(args: argparse.Namespace, settings: Any) -> None:
     """Tell the user that the run starts, how long it takes and how to make a short one."""
     mode = "accuracy" if args.accuracy else "performance"
     text = f"running {args.scenario}, {mode} mode"
@@ -248,7 +257,7 @@ def announce(args, settings):
     stage(text)
 
 
-def progress(sut, qsl, settings, seconds):
+def progress(sut: SquadSUT, qsl: SquadQSL, settings: Any, seconds: float) -> tuple[float, str]:
     """How far a run is after `seconds`: (the fraction done, samples done and their rate in words)."""
     done, scenario = sut.answered, settings.scenario.name
     text = f"{done} samples, {done / seconds:.4g} samples/s"
@@ -259,7 +268,8 @@ def progress(sut, qsl, settings, seconds):
     return min(1, seconds * 1e3 / max(settings.min_duration_ms, 1), done / max(least, 1)), text
 
 
-def wait(outcome, sut, qsl, settings):
+def wait(outcome: queue.SimpleQueue[BaseException | None], sut: SquadSUT, qsl: SquadQSL,
+         settings: Any) -> BaseException | None:
     """What is put on the queue `outcome`. Until then, on a terminal, a line shows how far the run is."""
     if not sys.stderr.isatty():
         return outcome.get()
@@ -274,7 +284,8 @@ def wait(outcome, sut, qsl, settings):
             bar.set_description_str(text)
 
 
-def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
+def run_test(sut: SquadSUT, qsl: SquadQSL, settings: Any, log_settings: Any, audit_conf: str,
+             outcome: queue.SimpleQueue[BaseException | None]) -> None:
     """Let LoadGen run its test, and return when it is complete.
 
     LoadGen runs in a thread of its own, since it would hold the main thread deaf to signals. `outcome` is the queue on
@@ -282,7 +293,7 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
     """
     import mlperf_loadgen as lg
 
-    def test():
+    def test() -> None:
         try:
             callbacks = sut.issue_queries, sut.flush_queries
             if over_network := hasattr(sut.backend, "sut_name"):
@@ -297,7 +308,7 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
         except BaseException as error:  # noqa: BLE001 - the main thread waits for it
             outcome.put(error)
 
-    def terminate(*_):
+    def terminate(*_: object) -> NoReturn:
         raise SystemExit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
@@ -307,14 +318,15 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
         error = wait(outcome, sut, qsl, settings)
         if error is None:
             return
+        reason = str(error)
         if not isinstance(error, UserError):
             traceback.print_exception(error, file=sys.stderr)
-            error = f"the run failed: {type(error).__name__}: {error}"
-        message, status = f"error: {error}", 1
+            reason = f"the run failed: {type(error).__name__}: {error}"
+        message, status = f"error: {reason}", 1
     except KeyboardInterrupt:
         message, status = "interrupted; the logs of this run are incomplete", 128 + signal.SIGINT
-    except SystemExit as exit:
-        message, status = "terminated; the logs of this run are incomplete", exit.code
+    except SystemExit:
+        message, status = "terminated; the logs of this run are incomplete", 128 + signal.SIGTERM
     if hasattr(sut.backend, "close"):
         sut.backend.close()
     sys.stderr.write(f"run.py: {message}\n")  # last, and at one go: worker threads may write, too
@@ -322,7 +334,7 @@ def run_test(sut, qsl, settings, log_settings, audit_conf, outcome):
     os._exit(status)
 
 
-def detail_entries(folder):
+def detail_entries(folder: str) -> list[dict[str, Any]]:
     """The entries of LoadGen's detail log in `folder`, dicts of key, value and more.
 
     An unfinished run's last line may be cut off: it is left out. Raises UserError where the log is missing or damaged.
@@ -342,26 +354,26 @@ def detail_entries(folder):
     return entries
 
 
-def read_detail_log(folder):
+def read_detail_log(folder: str) -> dict[str, Any]:
     """LoadGen's detail log in `folder` as {key: value}, the last value of a key counts. Raises UserError."""
     return {entry["key"]: entry["value"] for entry in detail_entries(folder)}
 
 
-def figure(scenario, log):
+def figure(scenario: str, log: dict[str, Any]) -> tuple[str, float | None, str]:
     """The one figure that counts for the scenario: (what it is, value, unit), value None where `log` has none."""
     what, unit, scale, keys = RESULTS[scenario]
     value = next((log[key] for key in keys if log.get(key)), None)
     return what, value and value / scale, unit
 
 
-def verdict(scenario, log, quick=False):
+def verdict(scenario: str, log: dict[str, Any], quick: bool = False) -> str:
     """The last line of a performance run: LoadGen's verdict (of a `quick` run none) and the figure that counts."""
     what, value, unit = figure(scenario, log)
     result = "not known: LoadGen logged none" if value is None else f"{value:.6g} {unit}"
     return f"{'TRIAL, no official result' if quick else log['result_validity']}: {scenario} {what} {result}"
 
 
-def find_peak(valid, start):
+def find_peak(valid: Callable[[float], bool], start: float) -> float:
     """The highest rate, to 2 %, for which `valid(rate)` is true, or 0; looked for from `start` on.
 
     Doubles or halves to a rate on either side, then bisects.
@@ -379,7 +391,7 @@ def find_peak(valid, start):
     return low
 
 
-def serve_backend(args):
+def serve_backend(args: argparse.Namespace) -> None:
     """Serve the backend that `args` asks for over HTTP, until a signal ends it."""
     try:
         from network_SUT import serve
@@ -394,7 +406,7 @@ def serve_backend(args):
     serve(backend, batching, args.node, args.host, args.port, stage)
 
 
-def main():
+def main() -> None:
     args = parse_args()
     if args.network == "sut":
         return serve_backend(args)
@@ -423,29 +435,30 @@ def main():
 
     from squad_SUT import Batching, SquadSUT
 
-    outcome = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     max_tokens = args.batch_tokens or batch_tokens(args.scenario, settings, backend, qsl)
     batching = Batching(backend.together, max_tokens, sort=args.scenario == "Offline" and not args.reference)
     sut = SquadSUT(backend, qsl, batching, outcome.put)
     record = describe(args, backend, max_tokens)
 
-    def test():
+    def test() -> dict[str, Any]:
         folder = log_settings.log_output.outdir
         write_record(folder, record)
         run_test(sut, qsl, settings, log_settings, args.audit_conf, outcome)
         if not args.quick:  # a trial's summary may call it VALID
             with open(os.path.join(folder, SUMMARY), encoding="utf-8") as file:
                 print(file.read(), end="")
-        return None if args.accuracy else read_detail_log(folder)
+        return {} if args.accuracy else read_detail_log(folder)
 
-    def valid(qps):
+    def valid(qps: float) -> bool:
         settings.server_target_qps = qps
         log_settings.log_output.outdir = os.path.join(log_folder, f"target_qps-{qps:.6g}")
         prepare_log_folder(log_settings.log_output.outdir)
         stage(f"trying target_qps {qps:.6g}")
         result = test()
-        stage(f"target_qps {qps:.6g}: {result['result_validity']} {result.get('result_invalid_reason', '')}")
-        return result["result_validity"] == "VALID"
+        validity: str = result["result_validity"]
+        stage(f"target_qps {qps:.6g}: {validity} {result.get('result_invalid_reason', '')}")
+        return validity == "VALID"
 
     if args.find_peak:
         peak = find_peak(valid, settings.server_target_qps)

@@ -13,13 +13,14 @@ import re
 import string
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 import config
 from config import UserError
-from create_squad_data import MAX_SEQ_LENGTH, passage_words, read_squad, uncased
+from create_squad_data import MAX_SEQ_LENGTH, Features, Question, Squad, passage_words, read_squad, uncased
 
 N_BEST = 20  # start and end positions looked at in each window (run_squad.py, n_best_size)
 MAX_ANSWER_LENGTH = 30  # tokens (run_squad.py, max_answer_length)
@@ -39,7 +40,8 @@ class Logits:
     end: np.ndarray  # float64 (S, 384)
 
 
-def read_log(path, features, dtype="float32", transposed=False, max_examples=None):
+def read_log(path: str, features: int, dtype: str = "float32", transposed: bool = False,
+             max_examples: int | None = None) -> Logits:
     """Read the accuracy log `path`, which LoadGen wrote for a data set of `features` features, into `Logits`.
 
     A response is `dtype` values: a (start, end) pair a token, or, `transposed`, all starts, then all ends. Samples
@@ -89,7 +91,7 @@ def read_log(path, features, dtype="float32", transposed=False, max_examples=Non
     return logits
 
 
-def best_spans(logits, features):
+def best_spans(logits: Logits, features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The best answer span of each row of `logits`: (score, first token, last token), each of shape (S,).
 
     A span starts at one of the N_BEST highest start logits and ends at one of the N_BEST highest end logits, lies in
@@ -112,7 +114,7 @@ def best_spans(logits, features):
     return score[each, best], starts[each, best // N_BEST], ends[each, best % N_BEST]
 
 
-def align(answer, passage):
+def align(answer: str, passage: str) -> str:
     """The stretch of `passage` whose lower-cased, accent-stripped basic tokens read `answer`.
 
     `passage` is the words that the answer's tokens come from, so this cuts off what stands round the answer inside
@@ -133,7 +135,7 @@ def align(answer, passage):
 UNCASED = uncased()
 
 
-def answers_from_log(squad, features, vocab, logits):
+def answers_from_log(squad: Squad, features: Features, vocab: dict[str, int], logits: Logits) -> dict[str, str]:
     """The answers that `logits` (of `read_log`) hold: {question id: answer}, for each question with a row in it.
 
     `squad` and `features` as `load_features` gives them, `vocab` as `read_vocab`. A question whose windows hold no
@@ -141,13 +143,14 @@ def answers_from_log(squad, features, vocab, logits):
     """
     tokens = list(vocab)
     scores, firsts, lasts = best_spans(logits, features)
-    best = {}  # question -> (score, place in logits); of equal scores the earlier window's
+    # question -> (score, place in logits); of equal scores the earlier window's
+    best: dict[int, tuple[float, int]] = {}
     for place, (question, score) in enumerate(zip(features.question[logits.rows].tolist(), scores.tolist())):
         if question not in best or score > best[question][0]:
             best[question] = score, place
 
     answers = {}
-    words = {}  # passage -> its words; questions of a passage stand together, one entry is enough
+    words: dict[int, list[str]] = {}  # passage -> its words; questions of a passage stand together, one entry is enough
     for number, (score, place) in best.items():
         question = squad.questions[number]
         if score == -np.inf:
@@ -162,34 +165,34 @@ def answers_from_log(squad, features, vocab, logits):
     return answers
 
 
-def normalize(answer):
+def normalize(answer: str) -> str:
     """An answer as SQuAD compares it: lower case, no ASCII punctuation, no articles, single spaces."""
     return " ".join(ARTICLE.sub(" ", answer.lower().translate(PUNCTUATION)).split())
 
 
-def f1(answer, accepted):
+def f1(answer: str, accepted: str) -> float:
     """The F1 of two normalized answers' words, 0.0 to 1.0."""
-    answer, accepted = answer.split(), accepted.split()
-    common = sum((Counter(answer) & Counter(accepted)).values())
+    given, right = answer.split(), accepted.split()
+    common = sum((Counter(given) & Counter(right)).values())
     if common == 0:
         return 0.0
-    precision, recall = common / len(answer), common / len(accepted)
+    precision, recall = common / len(given), common / len(right)
     return 2 * precision * recall / (precision + recall)
 
 
-def score_question(question, answer):
+def score_question(question: Question, answer: str) -> tuple[bool, float]:
     """(exact match, F1) of `answer` to `question`, each the best over its accepted answers."""
     answer = normalize(answer)
     accepted = [normalize(text) for text in question.answers]
     return answer in accepted, max(f1(answer, text) for text in accepted)
 
 
-def score(questions, answers):
+def score(questions: Sequence[Question], answers: dict[str, str]) -> dict[str, float]:
     """{"exact_match": X, "f1": Y} in percent over `questions`, the official script's figures to the last digit.
 
     `answers` is {question id: answer}; a question without one scores 0.
     """
-    exact = total = 0
+    exact, total = 0, 0.0
     for question in questions:
         if question.id in answers:
             exact_match, question_f1 = score_question(question, answers[question.id])
@@ -198,7 +201,8 @@ def score(questions, answers):
     return {"exact_match": 100.0 * exact / len(questions), "f1": 100.0 * total / len(questions)}
 
 
-def score_log(squad, features, vocab, logits):
+def score_log(squad: Squad, features: Features, vocab: dict[str, int],
+              logits: Logits) -> tuple[dict[str, float], dict[str, str]]:
     """Score the answers in `logits` over the questions that have a feature in it: (figures, answers).
 
     Says on standard error how many questions that is, and how many of them got no answer.
@@ -211,7 +215,7 @@ def score_log(squad, features, vocab, logits):
     return score(questions, answers), answers
 
 
-def read_predictions(path):
+def read_predictions(path: str) -> dict[str, str]:
     """Read {question id: answer} from the JSON file `path`. Raises UserError where it is anything else."""
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -225,7 +229,7 @@ def read_predictions(path):
     return answers
 
 
-def save_answers(path, answers):
+def save_answers(path: str, answers: dict[str, str]) -> None:
     """Write {question id: answer} to the JSON file `path`. Raises UserError where it cannot."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -236,7 +240,7 @@ def save_answers(path, answers):
                         "give another folder or free disk") from None
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="SQuAD v1.1 JSON file")
     parser.add_argument("predictions", help="JSON file, {question id: answer}")

@@ -21,6 +21,8 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +52,7 @@ NAMES = ("submitter", "system_name")  # become folders
 TEXTS = ("dtype", "retraining", "weight_transformations")
 
 
-def read_plan(path, found):
+def read_plan(path: str, found: dict[str, str]) -> dict[str, Any]:
     """The plan in the TOML file `path`; `found` is of `machine`.
 
     Raises UserError, which names all at once, where something is missing, empty or not allowed.
@@ -90,7 +92,7 @@ def read_plan(path, found):
     return plan
 
 
-def machine():
+def machine() -> dict[str, str]:
     """What this machine tells about itself, fields of a system's description; what it does not tell is left out."""
     try:
         text = subprocess.run(["lscpu"], env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True,
@@ -123,7 +125,7 @@ def machine():
     return {name: value for name, value in fields.items() if value}
 
 
-def describe_system(plan, found, backend=None):
+def describe_system(plan: dict[str, Any], found: dict[str, str], backend: str | None = None) -> dict[str, Any]:
     """The system's description, every field of REQUIRED and OPTIONAL, "" where neither plan nor machine says it.
 
     `found` is of `machine`; `backend`, what the runs said they run on, is None before the runs, and fields that
@@ -133,10 +135,11 @@ def describe_system(plan, found, backend=None):
     fields = dict.fromkeys(sorted(REQUIRED + OPTIONAL), "") | found | {"framework": framework}
     if device.lower().startswith("cpu"):
         fields |= {name: "N/A" for name in REQUIRED if name.startswith("accelerator_")} | {"accelerators_per_node": "0"}
-    return fields | plan["system"] | {name: plan.get(name) for name in ("division", "submitter", "system_name")}
+    system: dict[str, str] = plan["system"]
+    return fields | system | {name: plan.get(name) for name in ("division", "submitter", "system_name")}
 
 
-def sha256(path):
+def sha256(path: str) -> str:
     """The sha256 of a file, in hexadecimal."""
     try:
         with open(path, "rb") as file:
@@ -145,7 +148,7 @@ def sha256(path):
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
 
 
-def file_hashes(path):
+def file_hashes(path: str) -> dict[str, str]:
     """{name: sha256} of the file `path`, or of the files in the folder `path`."""
     if not os.path.isdir(path):
         beside = os.path.join(os.path.dirname(path), "bert_config.json")  # the sizes of a state dict
@@ -154,7 +157,7 @@ def file_hashes(path):
     return {os.path.basename(file): sha256(file) for file in sorted(files)}
 
 
-def ingredients(plan, found):
+def ingredients(plan: dict[str, Any], found: dict[str, str]) -> dict[str, Any]:
     """What all runs of a plan are made from, but for its settings: a dict for RECORD; `found` is of `machine`."""
     code = [name for name in os.listdir(HERE) if name.endswith(".py") and not name.startswith("submission")]
     return {
@@ -166,7 +169,7 @@ def ingredients(plan, found):
     }
 
 
-def settings(path, scenario):
+def settings(path: str, scenario: str) -> list[str]:
     """The lines of the user.conf `path` that are for `scenario`, so that another's may change without a new run."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -176,7 +179,7 @@ def settings(path, scenario):
     return [line for line in lines if line and not any(f".{other}." in line for other in RESULTS if other != scenario)]
 
 
-def finished(folder, scenario, kind):
+def finished(folder: str, scenario: str, kind: str) -> bool:
     """Whether `folder` holds a whole run of that kind: its record, and logs that LoadGen wrote to their end."""
     try:
         log = read_detail_log(folder)
@@ -188,7 +191,7 @@ def finished(folder, scenario, kind):
             and (kind != "accuracy" or len(logged) == log.get("effective_accuracy_sample_count")))
 
 
-def have_run(plan, made_from, scenario, kind):
+def have_run(plan: dict[str, Any], made_from: dict[str, Any], scenario: str, kind: str) -> str:
     """The folder of a finished run, kept from before or made now. Raises UserError where run.py fails."""
     args = [f"--backend={plan['backend']}", f"--dtype={plan['dtype']}", f"--scenario={scenario}",
             *(["--accuracy"] if kind == "accuracy" else [])]
@@ -220,7 +223,7 @@ def have_run(plan, made_from, scenario, kind):
     return folder
 
 
-def run(command, variables, log):
+def run(command: list[str], variables: dict[str, str], log: str) -> tuple[str, int]:
     """Run `command` with more environment `variables`, its output into the file `log`: (its last line, exit status).
 
     run.py's own lines, which begin with the time, are shown as well.
@@ -229,6 +232,7 @@ def run(command, variables, log):
     with open(log, "w", encoding="utf-8") as file, \
             subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout  # a pipe
         try:
             for line in process.stdout:
                 file.write(line)
@@ -242,12 +246,12 @@ def run(command, variables, log):
     return line.strip(), process.returncode
 
 
-def backend_of(folders, dtype):
+def backend_of(folders: Iterable[str], dtype: str) -> str:
     """What the runs in `folders` said they ran on. Raises UserError where they differ, or ran in another dtype."""
-    found = {}
+    found: dict[str, str] = {}
     for folder in folders:
-        match = re.search(r"^\S+ (.+); warming up$", read(os.path.join(folder, RUN_LOG)), re.MULTILINE)
-        found.setdefault(match[1], folder)
+        names = re.findall(r"^\S+ (.+); warming up$", read(os.path.join(folder, RUN_LOG)), re.MULTILINE)
+        found.setdefault(names[0], folder)
     if len(found) > 1:
         raise UserError("the runs are not of one backend: " + "; ".join(f"{path} {name}" for name, path in found.items())
                         + "; remove the older ones and start again")
@@ -257,12 +261,12 @@ def backend_of(folders, dtype):
     return name
 
 
-def read_responses(folder):
+def read_responses(folder: str) -> list[tuple[int, str]]:
     """The responses in a run's accuracy log, [(sample, hexadecimal digits)]."""
     return [(entry["qsl_idx"], entry["data"]) for entry in json.loads(read(os.path.join(folder, config.ACCURACY_LOG)))]
 
 
-def verify_accuracy(accuracy, test):
+def verify_accuracy(accuracy: str, test: str) -> str:
     """TEST01's verify_accuracy.txt for the folders of both runs: each logged response is the accuracy run's."""
     responses, logged = dict(read_responses(accuracy)), read_responses(test)
     missing = sum(sample not in responses for sample, _ in logged)
@@ -272,7 +276,7 @@ def verify_accuracy(accuracy, test):
             f"TEST {'PASS' if logged and not missing and not different else 'FAIL'}\n")
 
 
-def verify_performance(scenario, performance, test):
+def verify_performance(scenario: str, performance: str, test: str) -> str:
     """TEST01's verify_performance.txt for the folders of both runs: the figures are within 10 %."""
     submitted, found = (figure(scenario, read_detail_log(folder)) for folder in (performance, test))
     return (f"Reference score = {submitted}\nTest score = {found}\n"
@@ -282,19 +286,19 @@ def verify_performance(scenario, performance, test):
 class Scorer:
     """Scores accuracy logs of the plan's data set."""
 
-    def __init__(self, plan):
+    def __init__(self, plan: dict[str, Any]) -> None:
         self.squad, self.features = load_features(plan["dataset"], plan["vocab"])
         self.vocab = read_vocab(plan["vocab"])
 
-    def logits(self, folder):
+    def logits(self, folder: str) -> Logits:
         return read_log(os.path.join(folder, config.ACCURACY_LOG), len(self.features))
 
-    def line(self, logits):
+    def line(self, logits: Logits) -> str:
         """The line {"exact_match": X, "f1": Y}."""
         return json.dumps(score_log(self.squad, self.features, self.vocab, logits)[0])
 
 
-def write_accuracy(folder, run_folder, line):
+def write_accuracy(folder: str, run_folder: str, line: str) -> None:
     """Write accuracy.txt, the score `line` with the hash of the run's whole log, and that log truncated."""
     path = os.path.join(run_folder, config.ACCURACY_LOG)
     text = read(path)
@@ -304,7 +308,7 @@ def write_accuracy(folder, run_folder, line):
     write(os.path.join(folder, "accuracy.txt"), f"{line}\nhash={sha256(path)}\n")
 
 
-def write_test01(folder, scenario, runs, scorer):
+def write_test01(folder: str, scenario: str, runs: dict[tuple[str, str], str], scorer: Scorer) -> None:
     """Write TEST01's folder of a scenario."""
     accuracy, performance, test = (runs[scenario, kind] for kind in KINDS)
     copy_logs(test, os.path.join(folder, "performance", "run_1"))
@@ -321,7 +325,7 @@ def write_test01(folder, scenario, runs, scorer):
         write_accuracy(os.path.join(folder, "accuracy"), test, lines["compliance"])
 
 
-def write_tree(plan, found, runs):
+def write_tree(plan: dict[str, Any], found: dict[str, str], runs: dict[tuple[str, str], str]) -> None:
     """Write TREE from the finished `runs`, {(scenario, kind): folder}, in place of what was there."""
     backend = backend_of(runs.values(), plan["dtype"])
     scorer = Scorer(plan)
@@ -351,7 +355,7 @@ def write_tree(plan, found, runs):
         write(os.path.join(folder, "README.md"), read_me(plan, scenario, backend, line, performance))
 
 
-def calibration(plan):
+def calibration(plan: dict[str, Any]) -> str:
     """The text of calibration.md."""
     where = "`int8_ranges` in pytorch_SUT.py, from which `Int8Linear` in packed_bert.py takes its scales" \
         if plan["backend"] == "pytorch" else "quantize_bert.py, or whatever made the model file"
@@ -360,7 +364,7 @@ def calibration(plan):
             f"found by {where}.\n")
 
 
-def read_me(plan, scenario, backend, line, performance):
+def read_me(plan: dict[str, Any], scenario: str, backend: str, line: str, performance: str) -> str:
     """The text of a scenario's README.md: what ran, on what, and how to run it again."""
     what, unit, scale, _ = RESULTS[scenario]
     value = figure(scenario, read_detail_log(performance)) / scale
@@ -376,7 +380,7 @@ def read_me(plan, scenario, backend, line, performance):
             + "".join(f"- {name}: {digest}\n" for name, digest in files.items()))
 
 
-def copy_source(folder):
+def copy_source(folder: str) -> None:
     """Copy the project's files, those that git tracks, into `folder`."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -388,29 +392,29 @@ def copy_source(folder):
             shutil.copy(os.path.join(HERE, name), path)
 
 
-def copy_logs(run_folder, folder):
+def copy_logs(run_folder: str, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     for name in (SUMMARY, DETAIL):
         shutil.copyfile(os.path.join(run_folder, name), os.path.join(folder, name))
 
 
-def as_json(value):
+def as_json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def read(path):
+def read(path: str) -> str:
     with open(path, encoding="utf-8") as file:
         return file.read()
 
 
-def write(path, text):
+def write(path: str, text: str) -> None:
     """Write the file `path`, and its folder where there is none."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def make(path):
+def make(path: str) -> int:
     """Make the tree of the plan `path`; returns the exit status."""
     found = machine()
     plan = read_plan(path, found)
@@ -435,7 +439,7 @@ def make(path):
     return 1
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("plan", nargs="?", help="the TOML file that says what to run on what")

@@ -6,6 +6,8 @@ submission.py writes such trees, and `python3 submission.py --check TREE` prints
 import json
 import os
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from config import UserError
 from run import RESULTS, read_detail_log
@@ -49,20 +51,23 @@ FIGURES = re.compile(r'^\{"exact_match": [\d.]+, "f1": ([\d.]+)\}$', re.MULTILIN
 HASH = re.compile(r"^hash=[0-9a-f]{64}$", re.MULTILINE)
 PASS = re.compile(r"^TEST PASS$", re.MULTILINE)
 
+T = TypeVar("T")
 
-def figure(scenario, log):
+
+def figure(scenario: str, log: dict[str, Any]) -> float:
     """The figure that counts of a performance run's detail log, in LoadGen's unit."""
-    return next(log[key] for key in RESULTS[scenario][3] if log.get(key))
+    value: float = next(log[key] for key in RESULTS[scenario][3] if log.get(key))
+    return value
 
 
-def close(submitted, test):
+def close(submitted: float, test: float) -> bool:
     """Whether TEST01's figure is as near to the submitted one as MLPerf asks."""
     return abs(test - submitted) <= TOLERANCE * submitted
 
 
-def check(root):
+def check(root: str) -> list[str]:
     """What is wrong with the tree of results `root`: a line for each fault, none where there is none."""
-    faults = []
+    faults: list[str] = []
     if not os.path.isdir(root):
         return [f"{root}: no such folder"]
     check_paths(root, faults)
@@ -81,7 +86,7 @@ def check(root):
     return faults
 
 
-def check_paths(root, faults):
+def check_paths(root: str, faults: list[str]) -> None:
     """Links, large files, spaces and git folders anywhere in the tree."""
     for folder, names, files in os.walk(root):
         for name in names + files:
@@ -96,7 +101,7 @@ def check_paths(root, faults):
                 faults.append(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB, not {FILE_LIMIT / 1e6:.0f} MB or less")
 
 
-def check_submitter(path, division, submitter, faults):
+def check_submitter(path: str, division: str, submitter: str, faults: list[str]) -> None:
     systems = folders(os.path.join(path, "results"))
     if not systems:
         faults.append(f"{path}/results: holds no system")
@@ -123,7 +128,7 @@ def check_submitter(path, division, submitter, faults):
                     faults.append(f"{here}/{scenario}: is none of {', '.join(SCENARIOS)}")
 
 
-def check_system(path, division, submitter, faults):
+def check_system(path: str, division: str, submitter: str, faults: list[str]) -> None:
     """The description of a system."""
     fields = read(path, read_object, faults)
     if fields is None:
@@ -140,7 +145,8 @@ def check_system(path, division, submitter, faults):
             faults.append(f"{path}: {name} is {fields[name]!r}, not {' or '.join(allowed)}")
 
 
-def check_scenario(submitter, path, division, benchmark, scenario, faults):
+def check_scenario(submitter: str, path: str, division: str, benchmark: str, scenario: str,
+                   faults: list[str]) -> None:
     """The results of one scenario."""
     for name in ("user.conf", "README.md", "accuracy/mlperf_log_summary.txt",
                  "performance/run_1/mlperf_log_summary.txt", "TEST01/performance/run_1/mlperf_log_summary.txt"):
@@ -167,7 +173,7 @@ def check_scenario(submitter, path, division, benchmark, scenario, faults):
     check_test01(os.path.join(path, "TEST01"), logs, benchmark, scenario, faults)
 
 
-def check_log(log, kind, division, scenario, faults):
+def check_log(log: dict[str, Any], kind: str, division: str, scenario: str, faults: list[str]) -> None:
     """A detail log of `read_log`; `kind` is accuracy, performance or TEST01."""
     exact = {"effective_scenario": scenario, **SEEDS,
              "effective_test_mode": "AccuracyOnly" if kind == "accuracy" else "PerformanceOnly",
@@ -192,7 +198,7 @@ def check_log(log, kind, division, scenario, faults):
         faults.append(f"{log['path']}: LoadGen logged {log['errors']} errors")
 
 
-def check_accuracy_log(path, faults):
+def check_accuracy_log(path: str, faults: list[str]) -> None:
     """An accuracy log as it goes into a tree: whole where it is small, else truncated."""
     text = read(path, read_text, faults)
     if text is None:
@@ -206,7 +212,7 @@ def check_accuracy_log(path, faults):
             faults.append(f"{path}: is not the first and last {SHOWN} characters of a log with ... between")
 
 
-def check_figures(path, hashed, faults):
+def check_figures(path: str, hashed: bool, faults: list[str]) -> float | None:
     """The F1 in an accuracy.txt, None and a fault where there is none; `hashed`: it must have the log's hash."""
     text = read(path, read_text, faults)
     if text is None:
@@ -219,7 +225,7 @@ def check_figures(path, hashed, faults):
     return float(match[1]) if match else None
 
 
-def check_test01(path, logs, benchmark, scenario, faults):
+def check_test01(path: str, logs: dict[str, Any], benchmark: str, scenario: str, faults: list[str]) -> None:
     """The compliance test; `logs` are the scenario's, of `read_log`."""
     verdict = read(os.path.join(path, "verify_accuracy.txt"), read_text, faults)
     if verdict is not None and not PASS.search(verdict):
@@ -244,14 +250,14 @@ def check_test01(path, logs, benchmark, scenario, faults):
         faults.append(f"{path}/verify_performance.txt: has no line TEST PASS")
 
 
-def folders(path):
+def folders(path: str) -> list[str]:
     """The names of the folders in `path`, sorted; none where there is no such folder."""
     if not os.path.isdir(path):
         return []
     return sorted(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))
 
 
-def read(path, reader, faults):
+def read(path: str, reader: Callable[[str], T], faults: list[str]) -> T | None:
     """`reader(path)`; None, and a fault, where the file is missing, empty or not what the reader wants."""
     try:
         if os.path.getsize(path):
@@ -264,12 +270,12 @@ def read(path, reader, faults):
     return None
 
 
-def read_text(path):
+def read_text(path: str) -> str:
     with open(path, encoding="utf-8") as file:
         return file.read()
 
 
-def read_object(path):
+def read_object(path: str) -> dict[str, Any]:
     """A JSON object. Raises ValueError or TypeError where the file holds anything else."""
     value = json.loads(read_text(path))
     if not isinstance(value, dict):
@@ -277,7 +283,7 @@ def read_object(path):
     return value
 
 
-def read_log(path):
+def read_log(path: str) -> dict[str, Any]:
     """A LoadGen detail log, {key: value}, and in it "path" and "errors", how many LoadGen logged."""
     errors = sum('"is_error": true' in line for line in read_text(path).splitlines())
     return {**read_detail_log(os.path.dirname(path)), "path": path, "errors": errors}
