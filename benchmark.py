@@ -22,13 +22,16 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
 import config
 from config import UserError
-from create_squad_data import load_features, read_vocab
+from create_squad_data import Features, Squad, load_features, read_vocab
 from run import BACKENDS, BATCH_TOKENS, load_backend
 from run import parse_args as parse_run_args
 from squad_QSL import SquadQSL
@@ -38,7 +41,7 @@ FOLDER = os.path.join(config.BUILD_DIR, "benchmark")
 DEFAULT_RUNS = ["pytorch:fp32", "pytorch:bf16", "pytorch:int8"]
 
 
-def spread_samples(lengths, count, group=1):
+def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarray:
     """`count` samples whose lengths stand at even steps of the sorted `lengths`, in random but fixed order: int array.
 
     At each step stand `group` samples, as good as equal in length.
@@ -49,7 +52,7 @@ def spread_samples(lengths, count, group=1):
     return np.random.default_rng(0).permutation(np.argsort(lengths, kind="stable")[steps])
 
 
-def random_model(folder):
+def random_model(folder: str) -> None:
     """Write BERT-Large's shape with random weights into `folder` as a Hugging Face folder, unless it is there."""
     if os.path.exists(os.path.join(folder, "config.json")):
         return
@@ -67,12 +70,12 @@ def random_model(folder):
         json.dump(sizes, file, indent=1)
 
 
-def model_for(backend, dtype, folder):
+def model_for(backend: str, dtype: str, folder: str) -> str:
     """The file or folder that a run of `backend` in `dtype` takes, of the model in `folder` (Hugging Face's form).
 
     Converted beside it on first use.
     """
-    def made(name, script, *args):
+    def made(name: str, script: str, *args: str) -> str:
         path = os.path.join(FOLDER, os.path.basename(os.path.normpath(folder)) + "-" + name)
         if not os.path.exists(path):
             print(f"making {path}", file=sys.stderr, flush=True)
@@ -93,7 +96,7 @@ def model_for(backend, dtype, folder):
     return onnx
 
 
-def serve(pipe, backend, dtype, model):
+def serve(pipe: Connection, backend: str, dtype: str, model: str) -> None:
     """A run's process: loads the backend, then measures whenever it is told to. Answers (error, result)."""
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
     try:
@@ -111,7 +114,8 @@ def serve(pipe, backend, dtype, model):
             what, rows = order
             waiting = deque((row, None) for row in
                             (sorted(rows, key=lambda row: -qsl.lengths[row]) if batching.sort else rows))
-            took, logits = [], {}
+            took: list[float] = []
+            logits: dict[int, np.ndarray] = {}
             while waiting:
                 samples = batching.take(waiting, qsl.lengths) if what == "offline" else [waiting.popleft()]
                 batch = qsl.batch(np.array([row for row, _ in samples]))
@@ -127,7 +131,7 @@ def serve(pipe, backend, dtype, model):
         pipe.send((f"{backend}:{dtype}: {error}", None))
 
 
-def start(target, *args):
+def start(target: Callable[..., None], *args: str) -> Connection:
     """Run `target(pipe, *args)` in a process that ends with this one; returns the pipe's other end.
 
     The arguments must be small: `multiprocessing` waits for ever where a process dies before it has read them all.
@@ -142,15 +146,18 @@ def start(target, *args):
 class Run:
     """One BACKEND:DTYPE in its process."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name: str, folder: str) -> None:
         """Starts the process with the model in `folder`, and waits until it is loaded."""
         self.name = name
         backend, dtype = name.split(":")
         self.pipe = start(serve, backend, dtype, model_for(backend, dtype, folder))
         self.backend = self.receive()
-        self.rates, self.latencies, self.logits, self.memory = [], [], {}, 0
+        self.rates: list[float] = []
+        self.latencies: list[list[float]] = []
+        self.logits: dict[int, np.ndarray] = {}
+        self.memory = 0
 
-    def receive(self):
+    def receive(self) -> Any:
         try:
             error, result = self.pipe.recv()
         except EOFError:
@@ -159,7 +166,7 @@ class Run:
             raise UserError(error)
         return result
 
-    def measure(self, what, rows):
+    def measure(self, what: str, rows: np.ndarray) -> None:
         self.pipe.send((what, rows))
         took, logits, self.memory = self.receive()
         self.logits.update(logits)
@@ -169,14 +176,14 @@ class Run:
             self.latencies.append([second * 1e3 for second in took])
 
 
-def flops(sizes, lengths):
+def flops(sizes: dict[str, int], lengths: np.ndarray) -> int:
     """Multiplications and additions of BERT on samples of `lengths` tokens, without padding."""
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     linear = 2 * (4 * hidden * hidden + 2 * hidden * inner)
     return sizes["num_hidden_layers"] * sum(int(length) * (linear + 4 * int(length) * hidden) for length in lengths)
 
 
-def peaks(pipe):
+def peaks(pipe: Connection) -> None:
     """A process that measures the fastest bare product of a (2048, 1024) by a (1024, 4096) matrix in each dtype.
 
     Answers every message with {dtype: operations a second}, the highest so far of PyTorch's plain and prepacked ones.
@@ -186,7 +193,7 @@ def peaks(pipe):
     from packed_bert import Int8Linear, Linear, PrepackedLinear
 
     rows, inputs, outputs = 2048, 1024, 4096
-    found = {}
+    found: dict[str, float] = {}
     with torch.inference_mode(), contextlib.suppress(EOFError):
         x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
         low, high = x.amin(0), x.amax(0)
@@ -207,7 +214,7 @@ def peaks(pipe):
             pipe.send(found)
 
 
-def f1_of(squad, features, vocab, logits):
+def f1_of(squad: Squad, features: Features, vocab: dict[str, int], logits: dict[int, np.ndarray]) -> float:
     """The F1 over the questions of the samples in `logits`, {sample: float32 (tokens, 2)}."""
     from squad_eval import MISSING_LOGIT, Logits, answers_from_log, score
 
@@ -219,7 +226,8 @@ def f1_of(squad, features, vocab, logits):
     return score([question for question in squad.questions if question.id in answers], answers)["f1"]
 
 
-def table(runs, sizes, lengths, peak, f1s):
+def table(runs: list[Run], sizes: dict[str, int], lengths: np.ndarray, peak: dict[str, float],
+          f1s: dict[str, str]) -> list[dict[str, str]]:
     """One row a run: [{column: value}]."""
     work = flops(sizes, lengths) / len(lengths)
     yardsticks = {run.name.split(":")[0]: run for run in runs if run.name.endswith(":reference")}
@@ -244,7 +252,7 @@ def table(runs, sizes, lengths, peak, f1s):
     return rows
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=DEFAULT_RUNS, metavar="BACKEND:DTYPE",
                         help=f"what to measure (default: {' '.join(DEFAULT_RUNS)})")
@@ -261,7 +269,7 @@ def parse_args():
     return args
 
 
-def main():
+def main() -> None:
     args = parse_args()
     dataset, vocab_file = config.dataset_files()
     squad, features = load_features(dataset, vocab_file)

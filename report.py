@@ -13,13 +13,16 @@ import io
 import mmap
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 try:
     import jinja2
     from matplotlib import rc_context
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 except ModuleNotFoundError as missing:
@@ -29,7 +32,7 @@ except ModuleNotFoundError as missing:
 import config
 import record
 from config import UserError
-from create_squad_data import load_features, read_vocab
+from create_squad_data import Features, Squad, load_features, read_vocab
 from run import RESULTS, detail_entries, figure
 from squad_eval import DTYPES, read_log, score_log, score_question
 
@@ -64,7 +67,7 @@ class Samples:
     query: np.ndarray  # int64 (N,), the query it belongs to
     index: np.ndarray  # int64 (N,), which sample of the library it is
 
-    def queries(self):
+    def queries(self) -> tuple[np.ndarray, np.ndarray]:
         """(start, latency) of each query in seconds; it is answered when its last sample is."""
         first = np.flatnonzero(np.diff(self.query, prepend=-1))
         return self.start[first], np.maximum.reduceat(self.latency, first)
@@ -76,24 +79,26 @@ class Run:
 
     folder: str
     name: str  # short, unlike the other runs'
-    log: dict  # LoadGen's detail log, {key: value}
+    log: dict[str, Any]  # LoadGen's detail log, {key: value}
     problems: list[str]  # LoadGen's errors and warnings
-    record: dict  # run.py's, {} where another harness ran
+    record: dict[str, Any]  # run.py's, {} where another harness ran
     samples: Samples | None  # None without a trace
     lengths: np.ndarray | None = None  # int (N,), tokens of each of `samples`, where the data set is known
     notes: list[str] = field(default_factory=list)  # what is missing, and why
-    score: dict | None = None  # of an accuracy run: exact_match, f1, questions and more
+    score: dict[str, Any] | None = None  # of an accuracy run: exact_match, f1, questions and more
 
     @property
-    def scenario(self):
-        return self.log["effective_scenario"]
+    def scenario(self) -> str:
+        scenario: str = self.log["effective_scenario"]
+        return scenario
 
     @property
-    def accuracy(self):
-        return self.log["effective_test_mode"] == "AccuracyOnly"
+    def accuracy(self) -> bool:
+        mode: str = self.log["effective_test_mode"]
+        return mode == "AccuracyOnly"
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         if not self.accuracy:
             return "result_validity" in self.log
         try:
@@ -103,11 +108,11 @@ class Run:
             return False
 
     @property
-    def trial(self):
+    def trial(self) -> bool:
         return not self.accuracy and self.log.get("effective_min_duration_ms", 0) < OFFICIAL_MS
 
     @property
-    def status(self):
+    def status(self) -> tuple[str, str]:
         """(in one word, what that means)."""
         if not self.finished:
             return "INCOMPLETE", "The run did not finish: nothing here is a result."
@@ -126,7 +131,7 @@ class Run:
         return verdict, reason or "LoadGen calls this run invalid."
 
 
-def number(value, digits=4):
+def number(value: float, digits: int = 4) -> str:
     """A figure for people: 4 significant digits, thousands apart."""
     if value == 0 or not np.isfinite(value):
         return f"{value:g}"
@@ -135,7 +140,7 @@ def number(value, digits=4):
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def read_trace(folder):
+def read_trace(folder: str) -> Samples | None:
     """The `Samples` of LoadGen's trace in `folder`, None where it holds none."""
     path = os.path.join(folder, TRACE)
     try:
@@ -157,7 +162,7 @@ def read_trace(folder):
     return Samples((start - start[0]) / 1e6, latency / 1e9, query.astype(int), index.astype(int))
 
 
-def read_run(folder, name):
+def read_run(folder: str, name: str) -> Run:
     """The `Run` in `folder`. Raises UserError where that is none, or damaged."""
     entries = detail_entries(folder)
     log = {entry["key"]: entry["value"] for entry in entries}
@@ -175,15 +180,18 @@ def read_run(folder, name):
     return run
 
 
+Data = tuple[Squad, Features, dict[str, int]]
+
+
 class DataSets:
     """The data sets of the runs, each read once."""
 
-    def __init__(self, val_data=None, vocab_file=None):
+    def __init__(self, val_data: str | None = None, vocab_file: str | None = None) -> None:
         """What the user named, None for each run's own, or the environment's."""
         self.given = val_data, vocab_file
-        self.known = {}
+        self.known: dict[tuple[str, ...], Data] = {}
 
-    def of(self, run):
+    def of(self, run: Run) -> Data | None:
         """(Squad, Features, {token: id}) of a run; None where they are not known, which it notes on the run.
 
         Raises UserError where a file is damaged, or one that the user named is missing.
@@ -197,7 +205,7 @@ class DataSets:
                                  "the run's data set and vocabulary.")
                 return None
         if paths not in self.known:
-            self.known[paths] = *load_features(*paths), read_vocab(paths[1])
+            self.known[paths] = *load_features(paths[0], paths[1]), read_vocab(paths[1])
         count, features = run.log.get("qsl_reported_total_count"), self.known[paths][1]
         expected = run.record.get("max_examples") or len(features)
         if count != expected and not all(self.given):
@@ -209,11 +217,11 @@ class DataSets:
                             f"{run.samples.index.max()}; give the run's data set with --val_data")
         return self.known[paths]
 
-    def lost(self, run):
+    def lost(self, run: Run) -> str:
         return "no score" if run.accuracy else "no picture of latency against length"
 
 
-def score_run(run, data, dtype, transposed):
+def score_run(run: Run, data: Data, dtype: str, transposed: bool) -> None:
     """Set the score of an accuracy run; `data` is of `DataSets.of`. Raises UserError where the log is damaged."""
     squad, features, vocab = data
     logits = read_log(os.path.join(run.folder, config.ACCURACY_LOG), len(features), dtype, transposed)
@@ -240,7 +248,7 @@ class Picture:
     svg: str
 
 
-def new_axes(title, x, y):
+def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     made = Figure(figsize=(4.8, 3.1), layout="constrained")
     axes = made.add_subplot(title=title, xlabel=x, ylabel=y)
     axes.grid(axis="x", visible=False)
@@ -249,7 +257,7 @@ def new_axes(title, x, y):
     return made, axes
 
 
-def save(made, out, name, title, alt, caption):
+def save(made: Figure, out: str, name: str, title: str, alt: str, caption: str) -> Picture:
     """Write the figure `made` as a PNG file into the folder `out` and return it as a `Picture`."""
     axes = made.axes[0]
     if axes.get_legend_handles_labels()[0]:
@@ -267,7 +275,7 @@ def save(made, out, name, title, alt, caption):
     return Picture(name, title, alt, caption, svg)
 
 
-def middle_lines(axes, x, y, bins):
+def middle_lines(axes: Axes, x: np.ndarray, y: np.ndarray, bins: int) -> None:
     """Draw median and 99th percentile of `y` over at most `bins` ranges of `x`, of 20 samples and more on average."""
     bins = min(bins, len(x) // 20)
     if bins < 2:
@@ -281,13 +289,13 @@ def middle_lines(axes, x, y, bins):
                   linestyle="-" if percent == 50 else "--")
 
 
-def dots(axes, x, y):
+def dots(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     """Draw the points as an image: as many shapes as a run has samples would be megabytes."""
     axes.plot(x, y, ".", color=DOTS, markersize=3 if len(x) > 300 else 7, alpha=max(0.1, min(0.8, 1000 / len(x))),
               rasterized=True)
 
 
-def counted(run):
+def counted(run: Run) -> tuple[float | None, float | None]:
     """(percentile that counts, limit in ms or None) of the run's scenario; the percentile is None for Offline."""
     if run.scenario == "Offline":
         return None, None
@@ -296,17 +304,18 @@ def counted(run):
         limit and limit / 1e6
 
 
-def mark_target(axes, run, line):
+def mark_target(axes: Axes, run: Run, line: Callable[..., Any]) -> None:
     """Draw what the scenario's latency is held against with `line` (axes.axvline or axes.axhline)."""
     percentile, limit = counted(run)
     if limit:
         line(limit, color=COLORS["limit"], label=f"limit for {percentile:g} %: {number(limit)} ms", linewidth=1.4)
     elif percentile and not run.trial | (not run.finished):
         what, value, unit = figure(run.scenario, run.log)
-        line(value, color=COLORS["limit"], label=f"counts: {what} {number(value)} {unit}", linewidth=1.4)
+        line(value, color=COLORS["limit"], linewidth=1.4,
+             label=f"counts: {what} {number(value)} {unit}")  # type: ignore[arg-type]
 
 
-def percentile_curve(axes, latencies, color, label, style="-"):
+def percentile_curve(axes: Axes, latencies: np.ndarray, color: str, label: str | None, style: str = "-") -> None:
     """Draw latency (ms) over percentile, the tail stretched."""
     share = (np.arange(len(latencies)) + 0.5) / len(latencies)
     keep = np.unique(np.concatenate((np.linspace(0, len(share) - 1, 400).astype(int),
@@ -316,18 +325,18 @@ def percentile_curve(axes, latencies, color, label, style="-"):
     axes.set_xticks([-np.log10(1 - tick / 100) for tick in ticks], [f"{tick:g} %" for tick in ticks])
 
 
-def rate_curve(run, bins=60):
+def rate_curve(samples: Samples, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
     """(seconds, samples/s) over the run, in steps."""
-    done = run.samples.start + run.samples.latency
+    done = samples.start + samples.latency
     counts, edges = np.histogram(done, bins=max(1, min(bins, len(done) // 10)), range=(0, done.max()))
     return np.repeat(edges, 2)[1:-1], np.repeat(counts / np.diff(edges), 2)
 
 
-def run_pictures(run, out, prefix):
-    """The `Picture`s of one performance run; `prefix` stands before their files' names."""
-    start, latency = run.samples.queries()
+def run_pictures(run: Run, samples: Samples, out: str, prefix: str) -> list[Picture]:
+    """The `Picture`s of one performance run and its `samples`; `prefix` stands before their files' names."""
+    start, latency = samples.queries()
     if run.scenario == "Offline":
-        start, latency = run.samples.start, run.samples.latency
+        start, latency = samples.start, samples.latency
     latency = latency * 1e3
     unit = {"Offline": "samples", "MultiStream": "queries of 8 samples"}.get(run.scenario, "queries")
     p50, p90, p99 = np.percentile(latency, (50, 90, 99), method="higher")
@@ -370,7 +379,7 @@ def run_pictures(run, out, prefix):
 
     title = "Throughput over time"
     made, axes = new_axes(title, "seconds", "samples/s")
-    seconds, rate = rate_curve(run)
+    seconds, rate = rate_curve(samples)
     axes.plot(seconds, rate, color=SERIES[0])
     axes.fill_between(seconds, rate, color=SERIES[0], alpha=0.15, linewidth=0)
     target = run.log.get("effective_target_qps")
@@ -383,7 +392,7 @@ def run_pictures(run, out, prefix):
     if run.lengths is not None:
         title = "Latency against sequence length"
         made, axes = new_axes(title, "tokens", "latency, ms")
-        each = run.samples.latency * 1e3
+        each = samples.latency * 1e3
         dots(axes, run.lengths, each)
         middle_lines(axes, run.lengths, each, 24)
         axes.set_ylim(bottom=0)
@@ -394,33 +403,33 @@ def run_pictures(run, out, prefix):
     return pictures
 
 
-def comparing_pictures(runs, out):
+def comparing_pictures(runs: list[Run], out: str) -> list[Picture]:
     """The `Picture`s that lay the runs of one scenario over each other."""
     pictures = []
     for scenario in dict.fromkeys(run.scenario for run in runs):
-        same = [(place, run) for place, run in enumerate(runs)
+        same = [(place, run, run.samples) for place, run in enumerate(runs)
                 if run.scenario == scenario and run.samples and not run.accuracy]
         if len(same) < 2:
             continue
-        names = ", ".join(run.name for _, run in same)
+        names = ", ".join(run.name for _, run, _ in same)
         for slug, what in (("percentiles", "latency by percentile"), ("throughput", "throughput over time")):
             title = f"{scenario}: {what}"
             made, axes = new_axes(title, "share of queries" if slug == "percentiles" else "seconds",
                                   "latency, ms" if slug == "percentiles" else "samples/s")
-            for place, run in same:
+            for place, run, samples in same:
                 color, style = SERIES[place % len(SERIES)], LINES[place % len(LINES)]
                 if slug == "percentiles":
-                    latency = run.samples.latency if scenario == "Offline" else run.samples.queries()[1]
+                    latency = samples.latency if scenario == "Offline" else samples.queries()[1]
                     percentile_curve(axes, latency * 1e3, color, run.name, style)
                 else:
-                    axes.plot(*rate_curve(run), color=color, label=run.name, linestyle=style)
+                    axes.plot(*rate_curve(samples), color=color, label=run.name, linestyle=style)
             axes.set_ylim(bottom=0)
             pictures.append(save(made, out, f"compare-{scenario}-{slug}", title, f"{title} of {names}; the figures "
                                  "are in the table of the runs side by side.", f"Of {names}."))
     return pictures
 
 
-def headline(run):
+def headline(run: Run) -> tuple[str, str, str]:
     """(what counts, figure, unit) of a run in words; the figure is "" where there is none."""
     if run.accuracy:
         return ("F1", f"{run.score['f1']:.3f}", "%") if run.score else ("F1", "", "")
@@ -430,7 +439,7 @@ def headline(run):
     return what, number(value, 5) if value is not None else "", unit
 
 
-def latencies(run):
+def latencies(run: Run) -> dict[str, str]:
     """LoadGen's own latency figures: {name: ms}."""
     query = "_query" if run.scenario == "MultiStream" else ""
     per = "_per_query" if query else ""
@@ -441,7 +450,7 @@ def latencies(run):
     return {name: f"{number(run.log[key] / 1e6)} ms" for name, key in keys.items() if key in run.log}
 
 
-def settings(run):
+def settings(run: Run) -> dict[str, Any]:
     """How LoadGen ran it: {name: value in words}."""
     log = run.log
     found = {"scenario": run.scenario, "mode": log["effective_test_mode"], "started": log.get("test_datetime")}
@@ -459,7 +468,7 @@ def settings(run):
     return {name: value for name, value in found.items() if value is not None}
 
 
-def system(run):
+def system(run: Run) -> dict[str, str]:
     """What record.json says: {name: value in words}."""
     known = run.record
     found = {"backend": known.get("backend"), "dtype": known.get("dtype"),
@@ -473,7 +482,7 @@ def system(run):
     return {name: str(value) for name, value in found.items() if value is not None}
 
 
-def side_by_side(runs, describe):
+def side_by_side(runs: list[Run], describe: Callable[[Run], dict[str, Any]]) -> list[tuple[str, list[str], bool]]:
     """Rows (name, [value of each run], whether they differ) of what `describe` gives for each run."""
     described = [describe(run) for run in runs]
     names = dict.fromkeys(name for values in described for name in values)
@@ -481,7 +490,7 @@ def side_by_side(runs, describe):
     return [(name, values, len(set(values)) > 1) for name, values in rows]
 
 
-def run_names(folders):
+def run_names(folders: list[str]) -> list[str]:
     """A short name for each folder: its last parts, as many as tell all apart."""
     parts = [os.path.abspath(folder).split(os.sep)[1:] for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
@@ -491,7 +500,8 @@ def run_names(folders):
     raise UserError(f"{folders[0]}: stands twice among the log folders; name each once")
 
 
-def write_report(folders, out, data_sets=None, dtype="float32", transposed=False):
+def write_report(folders: list[str], out: str, data_sets: DataSets | None = None, dtype: str = "float32",
+                 transposed: bool = False) -> str:
     """Write report.html and its pictures on the log folders `folders` into the folder `out`; returns the page's path.
 
     `data_sets` is a `DataSets`; `dtype` and `transposed` are as for `squad_eval.read_log`. Raises UserError where a
@@ -503,7 +513,7 @@ def write_report(folders, out, data_sets=None, dtype="float32", transposed=False
         if (run.finished if run.accuracy else run.samples) and (data := data_sets.of(run)):
             if run.accuracy:
                 score_run(run, data, dtype, transposed)
-            else:
+            elif run.samples:
                 run.lengths = data[1].lengths[run.samples.index]
     page = os.path.join(out, "report.html")
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
@@ -512,7 +522,7 @@ def write_report(folders, out, data_sets=None, dtype="float32", transposed=False
     try:
         os.makedirs(out, exist_ok=True)
         with rc_context(STYLE):
-            pictures = [run_pictures(run, out, f"{place}-" if len(runs) > 1 else "")
+            pictures = [run_pictures(run, run.samples, out, f"{place}-" if len(runs) > 1 else "")
                         if run.samples and not run.accuracy else [] for place, run in enumerate(runs, 1)]
             comparing = comparing_pictures(runs, out)
         text = environment.get_template("report_template.html").render(
@@ -526,7 +536,7 @@ def write_report(folders, out, data_sets=None, dtype="float32", transposed=False
     return page
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="LOG_FOLDER",
                         help="where LoadGen's logs are; several are compared")
@@ -543,7 +553,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     out = args.out or (args.folders[0] if len(args.folders) == 1 else os.path.join(config.BUILD_DIR, "report"))
     print(write_report(args.folders, out, DataSets(args.val_data, args.vocab_file), args.output_dtype,
