@@ -27,6 +27,7 @@ LOG_DIR = f"{BUILD_DIR}/logs"
 CALIBRATION = f"{BUILD_DIR}/data/bert_calibration_features.txt"  # one of MLPerf's two lists for int8
 ACCURACY_LOG = "mlperf_log_accuracy.json"  # LoadGen's name, inside the log folder
 PREDICTIONS = f"{BUILD_DIR}/result/predictions.json"
+MOST_THREADS = 1024  # more than any machine has cores; with too many, PyTorch dies without a word
 BERT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bert_config.json")  # BERT-Large's sizes
 
 
@@ -71,21 +72,32 @@ def count(text: str) -> int:
     return int(text)
 
 
-def env_count(name: str) -> int | None:
-    """The environment variable `name` as an integer above 0, None where it is not set or empty.
+def env_threads(name: str) -> int | None:
+    """How many threads the environment variable `name` asks for, None where it is not set or empty.
 
-    Raises UserError for anything else.
+    Raises UserError for anything but a number from 1 to MOST_THREADS.
     """
     text = os.environ.get(name)
     try:
-        return count(text) if text else None
+        threads = count(text) if text else None
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{name}: {error}; correct or unset it") from None
+    if threads and threads > MOST_THREADS:
+        raise UserError(f"{name}: {threads} threads are more than {MOST_THREADS}; give one for each core, or unset it")
+    return threads
 
 
 def use_gpu() -> bool:
     """Whether the environment allows a GPU: USE_GPU is unset or anything but 0, false, off or no."""
     return os.environ.get("USE_GPU", "").strip().lower() not in ("0", "false", "off", "no")
+
+
+def memory_fault(error: BaseException) -> str | None:
+    """One line for an `error` by which a framework says that memory ran out; None for any other."""
+    line = (str(error).splitlines() or [""])[0]
+    if not isinstance(error, MemoryError) and "allocat" not in line and "out of memory" not in line:
+        return None
+    return f"out of memory ({line or type(error).__name__}); free some, or take a smaller model or --batch_tokens"
 
 
 def script(main: Callable[[], int | None]) -> NoReturn:
@@ -98,4 +110,9 @@ def script(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: the package {error.name} is not installed; "
                  "`make venv` makes .venv, start this with .venv/bin/python")
     except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as a shell reports it
+    except (MemoryError, RuntimeError) as error:
+        if fault := memory_fault(error):
+            sys.exit(f"{os.path.basename(sys.argv[0])}: error: {fault}")
+        raise

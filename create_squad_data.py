@@ -33,6 +33,7 @@ MAX_QUERY_LENGTH = 64  # question tokens kept
 CACHE_VERSION = 1  # raise when the features of unchanged input change
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one, UTF-8 cannot hold one
 WORD = re.compile("[^ \t\r\n\u202f]+")  # what run_squad.py calls a word of the passage
 
 
@@ -86,6 +87,8 @@ def read_squad(path: str) -> Squad:
         value = node.get(key) if isinstance(node, dict) else None
         if not isinstance(value, kind):
             raise UserError(f"{path}: {where} has no {key!r} that is a {kind.__name__}; give a SQuAD v1.1 file")
+        if isinstance(value, str) and SURROGATE.search(value):
+            raise UserError(f"{path}: {where} has half a character, a lone surrogate, in {key!r}; write it as UTF-8")
         return value
 
     passages, questions, seen = [], [], set()
@@ -107,6 +110,11 @@ def read_squad(path: str) -> Squad:
                 questions.append(Question(name, get(qa, "question", str, spot), len(passages) - 1, answers))
     if not questions:
         raise UserError(f"{path}: the data set holds no question; give a SQuAD v1.1 file")
+    strangers = [question.id for question in questions if not any(answer in passages[question.passage]
+                                                                  for answer in question.answers)]
+    if strangers:
+        print(f"notice: {path}: {len(strangers)} questions have no answer that stands in their passage, {strangers[0]!r} "
+              "for one; is the file damaged?", file=sys.stderr)
     return Squad(path, passages, questions)
 
 
@@ -287,6 +295,8 @@ def load_features(dataset: str, vocab_file: str, cache: str | None = None,
         print(f"notice: the cache {cache} {fault}; it is made anew", file=sys.stderr)
     if features is None:
         features = make_features(squad, vocab)
+        if not len(features):
+            raise UserError(f"{dataset}: no passage holds a word; give a SQuAD v1.1 file")
         keep_arrays(cache, {"key": np.array(key), **vars(features)})
     if max_examples is not None:
         features = Features(*(getattr(features, field.name)[:max_examples] for field in fields(Features)))

@@ -35,7 +35,7 @@ def open_session(path: str, options: onnxruntime.SessionOptions | None = None,
         raise UserError(f"{name}: no such model file; `make setup` fetches BERT-Large, "
                         "ML_MODEL_FILE_WITH_PATH names another")
     options = options or onnxruntime.SessionOptions()
-    options.intra_op_num_threads = config.env_count("MLC_MAX_NUM_THREADS") or 0  # 0: one for each core
+    options.intra_op_num_threads = config.env_threads("MLC_MAX_NUM_THREADS") or 0  # 0: one for each core
     options.log_severity_level = 3
     if use != [CPU]:
         onnxruntime.preload_dlls()  # CUDA's, where they come from pip, as in the Docker image

@@ -34,7 +34,7 @@ class OpenVinoBackend:
         # One request at a time has all cores for SingleStream's sake; elsewhere requests run side by side.
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY" if args.scenario == "SingleStream" else "THROUGHPUT",
                                    "INFERENCE_PRECISION_HINT": PRECISIONS[args.dtype]}
-        threads = config.env_count("MLC_MAX_NUM_THREADS")
+        threads = config.env_threads("MLC_MAX_NUM_THREADS")
         if threads and device == "CPU":
             options["INFERENCE_NUM_THREADS"] = threads
         try:

@@ -234,7 +234,7 @@ class PyTorchBackend:
     def __init__(self, args: argparse.Namespace) -> None:
         """`args` are run.py's. Raises UserError where the model cannot be used."""
         self.device = torch.device("cuda" if config.use_gpu() and torch.cuda.is_available() else "cpu")
-        threads = config.env_count("MLC_MAX_NUM_THREADS")
+        threads = config.env_threads("MLC_MAX_NUM_THREADS")
         if threads:
             torch.set_num_threads(threads)
         self.model = config.env("ML_MODEL_FILE_WITH_PATH", config.PYTORCH_MODEL)

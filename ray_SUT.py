@@ -83,7 +83,7 @@ def places() -> list[Place]:
     nodes = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
     gpus: list[Place] = [(node, None) for node, has in nodes if config.use_gpu()
                          for _ in range(int(has.get("GPU", 0)))]
-    wanted = config.env_count("MLC_MAX_NUM_THREADS")
+    wanted = config.env_threads("MLC_MAX_NUM_THREADS")
     cores: list[Place] = [(node, wanted or int(has["CPU"])) for node, has in nodes if has.get("CPU", 0) >= 1
                           for _ in range(int(has["CPU"]) // wanted if wanted else 1)]
     if not gpus and not cores:

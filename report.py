@@ -307,12 +307,11 @@ def counted(run: Run) -> tuple[float | None, float | None]:
 def mark_target(axes: Axes, run: Run, line: Callable[..., Any]) -> None:
     """Draw what the scenario's latency is held against with `line` (axes.axvline or axes.axhline)."""
     percentile, limit = counted(run)
+    what, value, unit = figure(run.scenario, run.log)
     if limit:
         line(limit, color=COLORS["limit"], label=f"limit for {percentile:g} %: {number(limit)} ms", linewidth=1.4)
-    elif percentile and not run.trial | (not run.finished):
-        what, value, unit = figure(run.scenario, run.log)
-        line(value, color=COLORS["limit"], linewidth=1.4,
-             label=f"counts: {what} {number(value)} {unit}")  # type: ignore[arg-type]
+    elif percentile and value is not None and not run.trial | (not run.finished):
+        line(value, color=COLORS["limit"], linewidth=1.4, label=f"counts: {what} {number(value)} {unit}")
 
 
 def percentile_curve(axes: Axes, latencies: np.ndarray, color: str, label: str | None, style: str = "-") -> None:

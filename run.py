@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import fcntl
 import importlib
 import importlib.util
 import json
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -65,6 +67,23 @@ RESULTS = {
 
 DETAIL_LOG, SUMMARY = "mlperf_log_detail.txt", "mlperf_log_summary.txt"  # LoadGen's names
 
+# How a whole log of LoadGen's ends.
+LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY: b".\n", config.ACCURACY_LOG: b"]\n", "mlperf_log_trace.json": b"}\n"}
+
+# The keys that LoadGen 6.0's conf files may have. Those of the second must be above 0 and below the number given: else
+# LoadGen waits for ever, or takes all memory.
+CONF_KEYS = {
+    "mode", "min_duration", "max_duration", "min_query_count", "max_query_count", "max_async_queries",
+    "coalesce_queries", "print_timestamps", "performance_issue_unique", "performance_issue_same",
+    "performance_issue_same_index", "performance_sample_count_override", "accuracy_sample_count_override",
+    "sample_concatenate_permutation", "qsl_rng_seed", "sample_index_rng_seed", "schedule_rng_seed",
+    "accuracy_log_rng_seed", "accuracy_log_probability", "accuracy_log_sampling_target", "test05",
+    "test05_qsl_rng_seed", "test05_sample_index_rng_seed", "test05_schedule_rng_seed", "use_token_latencies",
+    "infer_token_latencies", "token_latency_scaling_factor", "ttft_latency", "tpot_latency"}
+CONF_LIMITS = {"target_qps": 1e6, "target_latency": 1e12, "target_latency_percentile": 100, "samples_per_query": 1e6}
+CONF_LINE = re.compile(r"(\S+)\.([^.\s]+)\.(\w+)\s*=\s*(\S+)")  # model.scenario.key = value
+
+PADDED_TOKENS = 128  # by fewer than these, a model's table is made larger than its vocabulary, a multiple of 8 to 128
 QUICK_S = 10  # the least seconds of a --quick run
 OFFLINE_SLACK = 1.1  # LoadGen's: Offline's query lasts so many times the least duration at target_qps
 
@@ -175,6 +194,41 @@ def load_backend(args: argparse.Namespace) -> Backend:
                         f"`make venv BACKEND={'ray' if error.name == 'ray' else backend}` installs it") from None
 
 
+def check_conf(path: str, accuracy: bool) -> None:
+    """Raise UserError where the conf file `path` has what LoadGen passes over in silence, or hangs on."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read LoadGen's settings ({error}); give a text file") from None
+    for number, line in enumerate(lines, 1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        where = f"{path}: line {number}: {line!r}"
+        match = CONF_LINE.fullmatch(line)
+        if not match:
+            raise UserError(f"{where}; each line must be model.scenario.key = number, or a # comment")
+        model, scenario, key, value = match.groups()
+        if model not in ("*", "bert"):
+            continue
+        for found, known in ((scenario, {"*", *SCENARIOS}), (key, CONF_KEYS | CONF_LIMITS.keys())):
+            if found not in known:
+                near = difflib.get_close_matches(found, known, 1)
+                raise UserError(f"{where}: LoadGen knows no {found}; "
+                                f"{f'did you mean {near[0]}?' if near else 'remove the line'}")
+        try:
+            amount = float(value)
+        except ValueError:
+            raise UserError(f"{where}: {value} is not a number; give one") from None
+        most = CONF_LIMITS.get(key, 2.0**63)  # LoadGen's integers end there
+        if not 0 <= amount < most or (key in CONF_LIMITS and not amount):
+            raise UserError(f"{where}: {value} is out of range; give a number "
+                            f"{'above' if key in CONF_LIMITS else 'from'} 0, below {most:g}")
+        if key == "mode" and amount != (1 if accuracy else 2):
+            raise UserError(f"{where}: another mode than this run's; --accuracy chooses the mode, remove the line")
+
+
 def loadgen_settings(args: argparse.Namespace) -> tuple[Any, Any]:
     """LoadGen's (TestSettings, LogSettings) for `args`. Raises UserError where a conf file cannot be used."""
     import mlperf_loadgen as lg
@@ -184,11 +238,14 @@ def loadgen_settings(args: argparse.Namespace) -> tuple[Any, Any]:
     settings.mode = lg.TestMode.AccuracyOnly if args.accuracy else lg.TestMode.PerformanceOnly
     if not os.path.isfile(args.user_conf):
         raise UserError(f"{args.user_conf}: no such file; name LoadGen's settings with --user_conf")
+    if args.audit_conf != "audit.conf" and not os.path.isfile(args.audit_conf):
+        raise UserError(f"{args.audit_conf}: no such file; --audit_conf names the settings of a compliance run")
+    check_conf(args.user_conf, args.accuracy)
+    if os.path.isfile(args.audit_conf):
+        check_conf(args.audit_conf, args.accuracy)
     if settings.FromConfig(args.user_conf, "bert", args.scenario):
         raise UserError(f"{args.user_conf}: LoadGen cannot read it; "
                         "each line must be model.scenario.key = number, or a # comment")
-    if args.audit_conf != "audit.conf" and not os.path.isfile(args.audit_conf):
-        raise UserError(f"{args.audit_conf}: no such file; --audit_conf names the settings of a compliance run")
 
     if args.quick:
         settings.min_duration_ms = QUICK_S * 1000
@@ -202,9 +259,13 @@ def loadgen_settings(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def prepare_log_folder(folder: str) -> None:
-    """Make the log folder; move the logs of an earlier run aside, so that they are never taken for this one's."""
+    """Make the log folder, and keep other runs out of it until this process ends.
+
+    The logs of an earlier run are moved aside, so that they are never taken for this one's. Raises UserError.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         old = [name for name in os.listdir(folder) if name.startswith(("mlperf_log_", "report")) or name == RECORD]
         if old:
             when = max(os.path.getmtime(os.path.join(folder, name)) for name in old)
@@ -213,6 +274,9 @@ def prepare_log_folder(folder: str) -> None:
             for name in old:
                 os.replace(os.path.join(folder, name), os.path.join(aside, name))
             stage(f"moved the earlier run's logs to {os.path.relpath(aside)}")
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run writes its logs there; wait for it, or name another folder with "
+                        "LOG_PATH") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot write logs there ({error.strerror}); name another folder with LOG_PATH") \
             from None
@@ -319,7 +383,9 @@ def run_test(sut: SquadSUT, qsl: SquadQSL, settings: Any, log_settings: Any, aud
         if error is None:
             return
         reason = str(error)
-        if not isinstance(error, UserError):
+        if fault := config.memory_fault(error):
+            reason = fault
+        elif not isinstance(error, UserError):
             traceback.print_exception(error, file=sys.stderr)
             reason = f"the run failed: {type(error).__name__}: {error}"
         message, status = f"error: {reason}", 1
@@ -352,6 +418,21 @@ def detail_entries(folder: str) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: line {number} is damaged; give the log folder of a run") from None
     return entries
+
+
+def check_logs(folder: str) -> None:
+    """Raise UserError where LoadGen could not write its logs to their end: it says nothing when the disk is full."""
+    for name, end in LOG_ENDS.items():
+        path = os.path.join(folder, name)
+        try:
+            with open(path, "rb") as file:
+                file.seek(-min(len(end), os.fstat(file.fileno()).st_size), os.SEEK_END)
+                whole = file.read() == end
+        except OSError as error:
+            raise UserError(f"{path}: cannot read LoadGen's log ({error.strerror})") from None
+        if not whole:
+            raise UserError(f"{path}: LoadGen could not write it to its end; free disk or name another folder with "
+                            "LOG_PATH, and run again")
 
 
 def read_detail_log(folder: str) -> dict[str, Any]:
@@ -430,6 +511,9 @@ def main() -> None:
     if (highest := features.input_ids.max()) >= backend.vocab_size:
         raise UserError(f"{vocab_file}: holds token {highest}, but the model knows {backend.vocab_size} tokens; "
                         "VOCAB_FILE must name the vocabulary the model was trained with")
+    if len(read_vocab(vocab_file)) + PADDED_TOKENS <= backend.vocab_size < sys.maxsize:
+        raise UserError(f"{vocab_file}: holds {len(read_vocab(vocab_file))} tokens, but the model knows "
+                        f"{backend.vocab_size}; VOCAB_FILE must name the vocabulary the model was trained with")
     stage(f"{backend.name}; warming up")
     backend.predict(qsl.longest_batch(1))
 
@@ -445,6 +529,10 @@ def main() -> None:
         folder = log_settings.log_output.outdir
         write_record(folder, record)
         run_test(sut, qsl, settings, log_settings, args.audit_conf, outcome)
+        check_logs(folder)
+        for entry in detail_entries(folder):
+            if entry.get("metadata", {}).get("is_error"):
+                stage(f"LoadGen's error: {entry['value']}")
         if not args.quick:  # a trial's summary may call it VALID
             with open(os.path.join(folder, SUMMARY), encoding="utf-8") as file:
                 print(file.read(), end="")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import mlperf_loadgen as lg
 import numpy as np
 
+from config import UserError
 from squad_QSL import Batch
 
 
@@ -124,10 +125,15 @@ class Batching:
 
 
 def checked(lengths: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """`logits`, what a backend gave for samples of `lengths` tokens. Raises RuntimeError where it is not its duty."""
+    """`logits`, what a backend gave for samples of `lengths` tokens. Raises RuntimeError where it is not its duty.
+
+    Raises UserError where they are no finite numbers.
+    """
     if logits.dtype != np.float32 or logits.shape != (lengths.sum(), 2):
         raise RuntimeError(f"the backend gave logits {logits.dtype} {logits.shape} for {lengths.sum()} tokens; "
                            "float32 (tokens, 2) is its duty")
+    if not np.isfinite(logits).all():
+        raise UserError("the model's logits hold NaN or infinity; its weights are damaged, or too large for the dtype")
     return np.ascontiguousarray(logits)
 
 

@@ -58,7 +58,8 @@ def read_log(path: str, features: int, dtype: str = "float32", transposed: bool 
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: the accuracy log holds no sample; {hint}")
 
-    responses = {}
+    responses: dict[int, bytes] = {}
+    twice = set()
     for number, entry in enumerate(entries):
         try:
             index, data = entry["qsl_idx"], bytes.fromhex(entry["data"])
@@ -67,7 +68,12 @@ def read_log(path: str, features: int, dtype: str = "float32", transposed: bool 
         if not isinstance(index, int) or not 0 <= index < features:
             raise UserError(f"{path}: entry {number}: sample {index} is not one of the data set's {features} features; "
                             "give the data set and vocabulary of the run")
+        if responses.setdefault(index, data) != data:
+            twice.add(index)
         responses[index] = data
+    if twice:
+        print(f"notice: {path}: {len(twice)} samples have several responses that differ, sample {min(twice)} for one; "
+              "the last one counts", file=sys.stderr)
     if max_examples is not None:
         responses = {index: data for index, data in responses.items() if index < max_examples}
         if not responses:

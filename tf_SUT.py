@@ -73,10 +73,10 @@ class TensorFlowBackend:
     def __init__(self, args: argparse.Namespace) -> None:
         """`args` are run.py's. Raises UserError where the model cannot be used."""
         self.path = path = config.env("ML_MODEL_FILE_WITH_PATH", config.TF_MODEL)
-        threads = config.env_count("MLC_MAX_NUM_THREADS")
+        threads = config.env_threads("MLC_MAX_NUM_THREADS")
         settings = tf.compat.v1.ConfigProto(
-            intra_op_parallelism_threads=config.env_count("TF_INTRA_OP_PARALLELISM_THREADS") or threads or 0,
-            inter_op_parallelism_threads=config.env_count("TF_INTER_OP_PARALLELISM_THREADS") or 1)
+            intra_op_parallelism_threads=config.env_threads("TF_INTRA_OP_PARALLELISM_THREADS") or threads or 0,
+            inter_op_parallelism_threads=config.env_threads("TF_INTER_OP_PARALLELISM_THREADS") or 1)
         for name in PASSES:
             setattr(settings.graph_options.rewrite_options, name, RewriterConfig.OFF)
         settings.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT
