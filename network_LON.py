@@ -24,6 +24,8 @@ ANSWER_S = 3  # a server that does not say its name within this time is lost
 PATIENCE_S = 1  # after so long without a result a server is asked whether it still lives
 IDLE_S = 30  # a connection unused for so long may be cut off somewhere on the way and is not used again
 FAULTS = (OSError, http.client.HTTPException)  # a server or the way to it is broken
+DESCRIPTION = {"name": str, "instance": str, "workers": int, "backend": str, "vocab_size": int, "together": str,
+               "logits": str}  # what a server tells of itself, and what it must be
 SAME = ("backend", "vocab_size", "together", "logits")  # of a server's description: what must be equal on all
 
 
@@ -52,8 +54,9 @@ class Node:
         try:
             self.send(connection, "/getname/", "application/json", b"")
             about = json.loads(receive(connection)[1])
-            about = {key: about[key] for key in ("name", "instance", "workers", *SAME)}
+            about = {key: kind(about[key]) for key, kind in DESCRIPTION.items()}
         except (ValueError, TypeError, KeyError):
+            connection.close()
             raise ConnectionError("another service answers there") from None
         self.about = self.about or about
         if about["instance"] != self.about["instance"]:

@@ -22,7 +22,10 @@ REMEDY = "bert_tf_to_pytorch.py and quantize_bert.py make files that fit"
 def providers() -> list[str]:
     """The execution providers to use, best first: the preferred one where it is there and allowed, and the CPU's."""
     preferred = config.env("ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER", "CUDAExecutionProvider")
-    if not config.use_gpu() or preferred not in onnxruntime.get_available_providers():
+    if not config.use_gpu() or preferred not in (available := onnxruntime.get_available_providers()):
+        if config.use_gpu() and os.environ.get("ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER"):
+            print(f"notice: ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER={preferred}: not one of {', '.join(available)}; "
+                  f"going on with {CPU}", file=sys.stderr)
         return [CPU]
     return list(dict.fromkeys([preferred, CPU]))
 

@@ -44,8 +44,12 @@ class OpenVinoBackend:
         except RuntimeError as error:
             raise UserError(f"{path}: OpenVINO cannot use it ({str(error).strip().splitlines()[-1]})") from None
         self.ports = [self.model.input(name) for name in names]
-        length = self.ports[0].partial_shape[1]
-        self.length = MAX_SEQ_LENGTH if args.reference else length.get_length() if length.is_static else None
+        shape = self.ports[0].partial_shape
+        sizes = [size.get_length() if size.is_static else None for size in shape] if shape.rank.is_static else []
+        if len(sizes) != 2 or sizes[0] not in (None, 1) or sizes[1] not in (None, MAX_SEQ_LENGTH):
+            raise UserError(f"{path}: the inputs' shape is {shape}; a dynamic one or (1, {MAX_SEQ_LENGTH}) is needed; "
+                            "bert_tf_to_pytorch.py and quantize_bert.py make files that fit")
+        self.length = MAX_SEQ_LENGTH if args.reference else sizes[1]
         self.workers = self.model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self.requests: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
         for _ in range(self.workers):

@@ -34,8 +34,11 @@ def read_config(path: str) -> dict[str, Any]:
             sizes: dict[str, Any] = json.load(file)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
                      "max_position_embeddings", "type_vocab_size"):
-            if not isinstance(sizes[name], int) or sizes[name] < 1:
+            if type(sizes[name]) is not int or sizes[name] < 1:
                 raise UserError(f"{path}: {name} is {sizes[name]!r}; it must be a whole number above 0")
+        epsilon = sizes.setdefault("layer_norm_eps", 1e-12)
+        if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+            raise UserError(f"{path}: layer_norm_eps is {epsilon!r}; it must be a number from 0 to 1")
     except OSError as error:
         raise UserError(f"{path}: cannot read the model's configuration ({error.strerror})") from None
     except KeyError as error:
@@ -45,6 +48,9 @@ def read_config(path: str) -> dict[str, Any]:
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise UserError(f"{path}: hidden_size {sizes['hidden_size']} does not divide by "
                         f"num_attention_heads {sizes['num_attention_heads']}")
+    if sizes["max_position_embeddings"] < MAX_SEQ_LENGTH:
+        raise UserError(f"{path}: max_position_embeddings {sizes['max_position_embeddings']} is less than the features' "
+                        f"{MAX_SEQ_LENGTH} tokens; give a model for them")
     if sizes.get("hidden_act", "gelu") != "gelu" or sizes.get("model_type", "bert") != "bert":
         raise UserError(f"{path}: not a BERT with gelu (model_type {sizes.get('model_type')}, "
                         f"hidden_act {sizes.get('hidden_act')})")
@@ -193,10 +199,14 @@ def int8_ranges(model: str) -> Ranges:
     cache = os.path.join(config.CACHE_DIR, f"int8-{key[:16]}.npz")
     try:
         with np.load(cache, allow_pickle=False) as archive:
-            return {name: tuple(torch.from_numpy(pair)) for name, pair in archive.items()}
+            found: Ranges = {}
+            for name, pair in archive.items():
+                low, high = torch.from_numpy(pair)
+                found[name] = low, high
+            return found
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         print(f"notice: {cache} is damaged ({error}); calibrating anew", file=sys.stderr)
 
     qsl = SquadQSL(features)

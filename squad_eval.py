@@ -65,7 +65,7 @@ def read_log(path: str, features: int, dtype: str = "float32", transposed: bool 
             index, data = entry["qsl_idx"], bytes.fromhex(entry["data"])
         except (TypeError, KeyError, ValueError):
             raise UserError(f"{path}: entry {number} has no qsl_idx or no hexadecimal data; {hint}") from None
-        if not isinstance(index, int) or not 0 <= index < features:
+        if type(index) is not int or not 0 <= index < features:
             raise UserError(f"{path}: entry {number}: sample {index} is not one of the data set's {features} features; "
                             "give the data set and vocabulary of the run")
         if responses.setdefault(index, data) != data:
@@ -147,6 +147,11 @@ def answers_from_log(squad: Squad, features: Features, vocab: dict[str, int], lo
     `squad` and `features` as `load_features` gives them, `vocab` as `read_vocab`. A question whose windows hold no
     valid span gets the answer "".
     """
+    lengths = features.lengths[logits.rows]
+    cut = np.flatnonzero(logits.start[np.arange(len(lengths)), lengths - 2] == MISSING_LOGIT)  # before the last [SEP]
+    if len(cut):
+        print(f"notice: the responses of {len(cut)} of {len(lengths)} samples, sample {logits.rows[cut[0]]} for one, end "
+              "before their samples do; is the type of --output_dtype the run's?", file=sys.stderr)
     tokens = list(vocab)
     scores, firsts, lasts = best_spans(logits, features)
     # question -> (score, place in logits); of equal scores the earlier window's

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,24 +154,6 @@ def test_an_earlier_runs_logs_are_moved_aside(run, tmp_path):
     assert (aside / "mlperf_log_detail.txt").read_text() == first
 
 
-@pytest.mark.parametrize("args, variables, words", [
-    ((), {"ML_MODEL_FILE_WITH_PATH": "nowhere.pytorch"}, ["nowhere.pytorch", "make setup"]),
-    ((), {"DATASET_FILE": "nowhere.json"}, ["nowhere.json", "DATASET_FILE"]),
-    ((), {"VOCAB_FILE": "nowhere.txt"}, ["nowhere.txt", "VOCAB_FILE"]),
-    ((), {"LOG_PATH": "/dev/null/logs"}, ["/dev/null/logs", "LOG_PATH"]),
-    ((), {"MLC_MAX_NUM_THREADS": "many"}, ["MLC_MAX_NUM_THREADS", "many"]),
-    (("--user_conf=nowhere.conf",), {}, ["nowhere.conf", "--user_conf"]),
-    (("--audit_conf=nowhere.conf",), {}, ["nowhere.conf", "--audit_conf"]),
-    (("--max_examples=0",), {}, ["--max_examples", "'0'"]),
-    (("--scenario=Sever",), {}, ["--scenario", "Sever", "did you mean Server?"]),
-    (("--backend=onnxrutime",), {}, ["--backend", "did you mean onnxruntime?"]),
-    (("--backend=42",), {}, ["--backend", "'42'", "tf, pytorch, onnxruntime, openvino"]),
-    (("--network=lon", "--sut_server", "localhost:1"), {}, ["localhost:1", "--sut_server"]),
-])
-def test_what_cannot_be_used_is_named(run, args, variables, words):
-    fails(run("--backend=pytorch", *args, **variables), *words)
-
-
 @pytest.mark.parametrize("package, backend, words", [
     ("torch", "pytorch", "make venv BACKEND=pytorch"), ("onnxruntime", "onnxruntime", "make venv BACKEND=onnxruntime"),
     ("tensorflow", "tf", "make venv BACKEND=tf"), ("openvino", "openvino", "make venv BACKEND=openvino"),
@@ -180,32 +161,6 @@ def test_what_cannot_be_used_is_named(run, args, variables, words):
 def test_a_missing_package_is_named_with_the_command_that_installs_it(run, tmp_path, package, backend, words):
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no {package}', name='{package}')")
     fails(run(f"--backend={backend}", PYTHONPATH=tmp_path), package, words)
-
-
-@pytest.mark.parametrize("args, words", [
-    (("--backend=tf_estimator",), "--backend=tf"), (("--backend=tf", "--quantized"), "fp32"),
-    (("--backend=pytorch", "--profile"), "--profile"), (("--backend=pytorch", "--quantized", "--dtype=fp32"), "--dtype"),
-    (("--backend=pytorch", "--reference", "--dtype=int8"), "--reference"),
-    (("--backend=pytorch", "--find_peak"), "--scenario=Server"),
-    (("--backend=pytorch", "--quick", "--accuracy"), "--max_examples"),
-    (("--backend=pytorch", "--quick", "--find_peak", "--scenario=Server"), "--quick"),
-    (("--backend=pytorch", "--report", "--find_peak", "--scenario=Server"), "--report")])
-def test_flags_that_do_not_go_together_are_named(run, args, words):
-    fails(run(*args), words)
-
-
-def test_an_unreadable_user_conf_is_named(run, tmp_path):
-    (tmp_path / "bad.conf").write_text("*.Offline.target_qps = many\n")
-    fails(run("--backend=pytorch", "--user_conf=bad.conf"), "bad.conf")
-
-
-def test_a_vocabulary_larger_than_the_models_is_named(run, tmp_path):
-    vocab = Path(DEMO_ENV["VOCAB_FILE"]).read_text(encoding="utf-8")
-    # the special tokens stay, all others move up beyond the model's last
-    start = vocab.index("[MASK]\n") + len("[MASK]\n")
-    filler = "".join(f"unused{number}\n" for number in range(vocab.count("\n")))
-    (tmp_path / "vocab.txt").write_text(vocab[:start] + filler + vocab[start:])
-    fails(run("--backend=pytorch", VOCAB_FILE="vocab.txt"), "vocab.txt", "VOCAB_FILE")
 
 
 def test_variables_choose_folder_threads_and_device(run, tmp_path):
@@ -250,7 +205,7 @@ import numpy as np
 import config, run
 
 class Faulty:
-    name, workers, together, vocab_size = "faulty", 2, "any", 10**6
+    name, workers, together, vocab_size = "faulty", 2, "any", sys.maxsize
     calls = 0
 
     def __init__(self, args):
