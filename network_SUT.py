@@ -196,7 +196,10 @@ def serve(backend: Backend, batching: Batching, node: str, host: str, port: int,
     sut: NetworkSUT  # made by `work`, in the event loop
 
     async def predict(request: web.Request) -> web.Response:
-        body = await request.read()
+        try:
+            body = await request.read()
+        except OSError:
+            raise web.HTTPBadRequest(text="the request broke off\n") from None
         try:
             binary = request.content_type == network_format.CONTENT_TYPE
             samples, query = (network_format.decode(body), {}) if binary else decode_json(body)

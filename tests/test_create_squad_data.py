@@ -6,10 +6,21 @@ import json
 import numpy as np
 import pytest
 from conftest import fails
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import config
 import create_squad_data
-from create_squad_data import context_winners, load_features, make_features, passage_words, window_spans
+from create_squad_data import (
+    Question,
+    Squad,
+    context_winners,
+    load_features,
+    make_features,
+    passage_words,
+    uncased,
+    window_spans,
+)
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "who", "sang", "?", "a", "song", "##s", "by", "jose", "[", "]", "sep",
          "(", ")", ".", *map(str, range(10))]
@@ -113,6 +124,26 @@ def test_maximum_context_is_the_smaller_side_and_the_earlier_window_wins():
 def test_a_passage_without_tokens_has_no_feature(files):
     squad, features = load_features(*files(document("\u200b ")))
     assert len(squad.questions) == 1 and len(features) == 0
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n.(1)aAéñ"), max_size=2000))
+def test_the_tokens_of_a_passages_words_read_as_the_words(passage):
+    """Put together again, over all windows; but for what is not in the vocabulary, [UNK]."""
+    vocab = {token: number for number, token in enumerate(
+        dict.fromkeys([*VOCAB, *map(chr, range(33, 1000)), *(f"##{chr(number)}" for number in range(33, 1000))]))}
+    features = make_features(Squad("", [passage], [Question("q", "Who sang?", 0, ["a"])]), vocab)
+    pieces, names = {}, list(vocab)
+    for row in range(len(features)):
+        for place in np.flatnonzero(features.max_context[row]):
+            pieces.setdefault(features.word[row, place], []).append(names[features.input_ids[row, place]])
+        shown = features.word[row][features.word[row] >= 0]
+        assert (np.diff(shown) >= 0).all() and features.input_mask[row].sum() == features.lengths[row] <= 384
+    words, (normalizer, pre_tokenizer) = passage_words(passage), uncased()
+    for number, word in enumerate(words):
+        expected = "".join(token for token, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(word)))
+        found = "".join(piece.removeprefix("##") if len(piece) > 2 else piece for piece in pieces.get(number, []))
+        assert found == expected or "[UNK]" in found
 
 
 def test_max_examples_is_the_first_features(files):

@@ -16,9 +16,12 @@ import urllib.request
 import numpy as np
 import pytest
 from conftest import DEMO_ENV, LIMIT_S, ROOT, fails
+from hypothesis import given
+from hypothesis import strategies as st
 from test_run import CONF, SCENARIOS, responses
 
 import network_format
+import network_SUT
 from create_squad_data import load_features
 from squad_QSL import SquadQSL
 
@@ -30,7 +33,7 @@ import numpy as np
 import config, run
 
 class Echo:
-    name, workers, together, vocab_size = "echo", 3, "any", 10**6
+    name, workers, together, vocab_size = "echo", 3, "any", sys.maxsize
 
     def __init__(self, args):
         pass
@@ -263,6 +266,46 @@ def refused(server, body, content_type, status):
     assert "Traceback" not in server.log.read_text()
 
 
+@given(st.binary(max_size=200) | st.tuples(st.integers(0, 3), st.lists(st.integers(0, 9), max_size=3), st.binary(max_size=99))
+       .map(lambda parts: np.array([parts[0], *parts[1]], "<u4").tobytes() + parts[2]))
+def test_whatever_a_binary_request_holds_it_is_taken_whole_or_refused(body):
+    with contextlib.suppress(ValueError):
+        lengths, ids, segments = network_format.decode(body)
+        network_SUT.check(lengths, ids, segments, 100)
+        assert len(ids) == len(segments) == lengths.sum() and (lengths > 0).all() and (0 <= ids).all() and (ids < 100).all()
+        assert len(body) == 4 + 4 * len(lengths) + 5 * len(ids)
+
+
+VALUES = st.recursive(st.none() | st.booleans() | st.integers(-2, 2**65) | st.floats() | st.text(max_size=3),
+                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+                          st.sampled_from(["query", "id", "input_ids", "input_mask", "segment_ids"]), inner))
+
+
+@given(st.binary(max_size=50) | VALUES.map(lambda value: json.dumps(value).encode())
+       | VALUES.map(lambda value: json.dumps({"query": value, "id": 1}).encode())
+       | st.fixed_dictionaries({name: st.lists(st.integers(-1, 2), max_size=3) | VALUES for name in
+                                ("input_ids", "input_mask", "segment_ids")}).map(lambda v: json.dumps({"query": v}).encode()))
+def test_whatever_a_json_request_holds_it_is_taken_whole_or_refused(body):
+    with contextlib.suppress(ValueError):
+        (lengths, ids, segments), _ = network_SUT.decode_json(body)
+        network_SUT.check(lengths, ids, segments, 100)
+        assert len(ids) == len(segments) == lengths.sum() and (lengths > 0).all() and (0 <= ids).all() and (ids < 100).all()
+
+
+def test_a_slow_client_and_many_connections_keep_no_one_waiting(demo):
+    """One sends its request byte by byte, a thousand send nothing."""
+    server = demo[0]
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("localhost", server.port), LIMIT_S)) for _ in range(1000)]
+        idle[0].sendall(b"POST /predict/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        started = time.monotonic()
+        for _ in range(20):
+            idle[0].sendall(b" ")
+            assert len(json.loads(server.post(form()))["result"]) == 3
+        assert time.monotonic() - started < 20
+    assert len(json.loads(server.post(form()))["result"]) == 3 and "Traceback" not in server.log.read_text()
+
+
 @pytest.mark.parametrize("path, method, status", [("/predict/", "GET", 405), ("/predict", "POST", 404),
                                                   ("/../etc/passwd", "GET", 404)])
 def test_other_paths_and_methods_are_refused(demo, path, method, status):
@@ -350,7 +393,7 @@ def test_a_fault_of_the_backend_ends_the_run_with_its_message_and_the_server_liv
 
 def test_servers_that_differ_are_refused(lon, echo):
     one = echo()
-    for other in (echo(change=('"echo"', '"echo, int8"')), echo(change=("10**6", "10**5")),
+    for other in (echo(change=('"echo"', '"echo, int8"')), echo(change=("sys.maxsize", "10**5")),
                   echo("tokens = tokens + 1")):
         fails(lon([one, other]), one.url, other.url, "same model")
     fails(lon([one, one]), one.url, "once")

@@ -9,8 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import fails
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from create_squad_data import Question, Squad, make_features, read_squad, read_vocab
+from config import UserError
+from create_squad_data import Question, Squad, make_features, passage_words, read_squad, read_vocab
 from squad_eval import Logits, align, answers_from_log, best_spans, normalize, read_log, score, score_question
 
 WORDS = ["alpha", "beta", "gamma", "delta", "song", "##s", "in", "1871", "jose", "(", ")", ".", ",", "'", "-", "the"]
@@ -190,7 +193,7 @@ def plain_answer(squad, features, vocab, row_logits):
         return ""
     _, row, s, e = max(candidates, key=lambda candidate: candidate[0])
     passage = squad.passages[squad.questions[features.question[row]].passage]
-    words = re.split("[ \t\r\n\u202f]+", passage.strip())[features.word[row, s]:features.word[row, e] + 1]
+    words = [word for word in re.split("[ \t\r\n\u202f]+", passage) if word][features.word[row, s]:features.word[row, e] + 1]
     text = " ".join(tokens[i] for i in features.input_ids[row, s:e + 1]).replace(" ##", "").replace("##", "")
     return align(text, " ".join(words))
 
@@ -210,6 +213,26 @@ def test_scoring_agrees_with_plain_loops_on_random_logits(tmp_path):
             expected[question.id] = plain_answer(squad, features, VOCAB,
                                                  {row: (logits.start[row], logits.end[row]) for row in rows})
         assert answers_from_log(squad, features, VOCAB, logits) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4)
+                         | st.sampled_from([*WORDS, "songs", "José,", "(in", "1871)", "e\u0301", "[SEP]"]), min_size=1,
+                         max_size=60).map(" ".join), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
+def test_scoring_agrees_with_plain_loops_on_any_passages(passages, seed):
+    """And an answer is a part of its passage's words."""
+    noise = np.random.default_rng(seed)
+    squad = squad_of("alpha", *passages)
+    features = make_features(squad, VOCAB)
+    starts, ends = np.round(noise.normal(0, 2, (2, len(features), 384)))
+    behind = np.arange(384) >= features.lengths[:, None]
+    starts[behind] = ends[behind] = -10000
+    answers = answers_from_log(squad, features, VOCAB, Logits(np.arange(len(features)), starts, ends))
+    for number, question in enumerate(squad.questions):
+        rows = np.flatnonzero(features.question == number)
+        if len(rows):
+            assert answers[question.id] == plain_answer(squad, features, VOCAB, {row: (starts[row], ends[row]) for row in rows})
+            assert answers[question.id] in " ".join(passage_words(squad.passages[number]))
 
 
 def test_f1_agrees_with_the_definition_on_random_answers():
@@ -254,14 +277,38 @@ def test_a_log_of_some_features_scores_the_questions_it_holds(tmp_path, script):
 @pytest.mark.parametrize("content, words", [
     (None, "No such file"), ("", "cut off"), ('[{"qsl_idx": 0, "data": "00"', "cut off"), ("[]", "no sample"),
     ("{}", "no sample"), ('[{"qsl_idx": 0}]', "entry 0"), ('[{"qsl_idx": 0, "data": "0G"}]', "entry 0"), ("[3]", "entry 0"),
-    ('[{"qsl_idx": 99999, "data": "00"}]', "sample 99999"), ('[{"qsl_idx": -1, "data": "00"}]', "sample -1"),
+    *((f'[{{"qsl_idx": {row}, "data": "{"00" * 8}"}}]', f"sample {row} is not one of") for row in (334, 99999, -1)),
     ('[{"qsl_idx": 0, "data": "000000"}]', "3 bytes"), ('[{"qsl_idx": 0, "data": ""}]', "0 bytes"),
     (f'[{{"qsl_idx": 0, "data": "{"00" * 8 * 385}"}}]', "3080 bytes"),
+    (f'[{{"qsl_idx": 0, "data": "{"00" * 12}"}}]', "12 bytes"),
     ('[{"qsl_idx": 3, "data": "0000C07F00000000"}]', "sample 3: the response holds NaN")])
 def test_a_damaged_log_is_named(script, tmp_path, content, words):
     if content is not None:
         (tmp_path / "log.json").write_text(content)
     fails(script("accuracy-squad.py", "--log_file", "log.json"), "log.json", words)
+
+
+def test_a_log_without_the_first_features_is_named(script, tmp_path):
+    log_of(tmp_path, {20: np.zeros((9, 2))})
+    fails(script("accuracy-squad.py", "--log_file", "log.json", "--max_examples", 20), "log.json", "first 20 features")
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(
+    st.sampled_from(["qsl_idx", "data", "other"]), inner))
+ENTRIES = st.lists(st.fixed_dictionaries({"qsl_idx": st.integers(-1, 3), "data": st.binary(max_size=40).map(bytes.hex)}))
+
+
+@given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()) | ENTRIES.map(lambda value: json.dumps(value).encode()),
+       st.sampled_from(["float32", "float16", "int8"]), st.booleans())
+def test_whatever_a_log_holds_it_is_read_or_refused(tmp_path_factory, content, dtype, transposed):
+    path = tmp_path_factory.getbasetemp() / "log.json"
+    path.write_bytes(content)
+    try:
+        logits = read_log(str(path), 3, dtype, transposed)
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert set(logits.rows) <= {0, 1, 2} and len(logits.rows) and logits.start.shape == logits.end.shape
 
 
 def test_the_scorer_takes_the_files_that_automation_gives(script, tmp_path):
