@@ -50,6 +50,13 @@ test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m mypy *.py
 	$(PYTHON) -m pytest -q tests
 
+.PHONY: coverage
+coverage: $(call packages,test) ## the same tests, and which lines and branches of the scripts they pass through
+	mkdir -p build/coverage
+	$(PYTHON) -m coverage run -m pytest -q tests
+	$(PYTHON) -m coverage combine --quiet
+	$(PYTHON) -m coverage report
+
 .PHONY: venv
 venv: $(call packages,$(BACKEND)) ## make or extend .venv with what BACKEND needs
 
