@@ -48,7 +48,7 @@ convert: $(call packages,convert) ## BERT-Large's TensorFlow checkpoint -> model
 test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy *.py
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests
 
 .PHONY: coverage
 coverage: $(call packages,test) ## the same tests, and which lines and branches of the scripts they pass through
