@@ -368,10 +368,11 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(script, tmp_path):
 
 
 def limited(tmp_path, what, limit, *args):
-    """run.py under a limit of the system, on the demo."""
+    """run.py under a limit of the system, on the demo; coverage, which writes files of its own, would meet it, too."""
     (tmp_path / "user.conf").write_text(CONF)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     return subprocess.run([sys.executable, ROOT / "run.py", "--backend=pytorch", *args], cwd=tmp_path,
-                          env={**os.environ, **DEMO_ENV, "LOG_PATH": "logs"}, capture_output=True, text=True, timeout=LIMIT_S,
+                          env={**env, **DEMO_ENV, "LOG_PATH": "logs"}, capture_output=True, text=True, timeout=LIMIT_S,
                           preexec_fn=lambda: resource.setrlimit(what, (limit, limit)), check=False)
 
 

@@ -259,6 +259,13 @@ def test_the_stages_are_named_in_turn_and_the_end_is_announced(null, tmp_path):
     assert any(line.endswith(" scoring") for line in null("--accuracy").stderr.splitlines())
 
 
+def test_what_loadgen_logs_as_an_error_is_told(null):
+    result = null("--scenario=Server", conf=CONF.replace("min_duration = 300", "min_duration = 9000")
+                  .replace("max_duration = 20000", "max_duration = 500"))
+    assert "LoadGen's error: IssueQueryThread 0 Ending early" in result.stderr
+    assert result.stdout.splitlines()[-1].startswith("INVALID: Server")
+
+
 @pytest.mark.parametrize("conf, words", [
     ("", "at target_qps 32 it takes 11 minutes, until"), ("*.Server.target_qps = 0.05", "at least 33 minutes, until"),
     ("*.Server.target_qps = 5", "at least 10 minutes, until")])
