@@ -122,8 +122,10 @@ def test_maximum_context_is_the_smaller_side_and_the_earlier_window_wins():
 
 
 def test_a_passage_without_tokens_has_no_feature(files):
-    squad, features = load_features(*files(document("\u200b ")))
-    assert len(squad.questions) == 1 and len(features) == 0
+    squad = document("\u200b ")
+    squad["data"] += document(id="other")["data"]
+    squad, features = load_features(*files(squad))
+    assert len(squad.questions) == 2 and features.question.tolist() == [1]
 
 
 @settings(deadline=None)

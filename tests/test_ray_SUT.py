@@ -158,7 +158,7 @@ def test_a_terminated_run_ends_its_local_cluster(tmp_path, ray_folder):
     process = start(tmp_path / "slow.py", "--accuracy")
     assert len(open_files(ray_folder)) > 5
     process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=10)[1]
+    err = process.communicate(timeout=30)[1]
     assert process.returncode == 143 and "incomplete" in err and "Traceback" not in err
     assert gone(ray_folder)
 
@@ -233,7 +233,7 @@ ray.get(hog)
     try:
         assert hog.stdout.readline() == "holding\n"
         (tmp_path / "impatient.py").write_text(ODD.replace("import config, run", "import config, ray_SUT, run")
-                                               .replace("class Odd", "ray_SUT.START_S = 4\nclass Odd"))
+                                               .replace("class Odd", "ray_SUT.START_S = 12\nclass Odd"))
         fails(script(tmp_path / "impatient.py", "--backend=ray", **cluster), "1 of 2 Ray actors", "CPUs")
     finally:
         hog.kill()

@@ -346,14 +346,14 @@ def test_a_fault_in_a_worker_ends_the_run_with_its_message(script, tmp_path, sce
     started = time.monotonic()
     result = script(tmp_path / "faulty.py", "--backend=pytorch", f"--scenario={scenario}")
     assert result.returncode == 1
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
     line = result.stderr.splitlines()[-1]
     assert line.startswith("run.py: error: ") and all(word in line for word in words), line
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_signal_ends_a_run_within_a_second(tmp_path, scenario, sent, status):
+def test_a_signal_ends_a_run_within_seconds(tmp_path, scenario, sent, status):
     (tmp_path / "user.conf").write_text(CONF.replace("min_duration = 300", "min_duration = 60000"))
     # A background job, such as CI's may be, hands down SIGINT ignored; a terminal does not.
     terminal = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -367,7 +367,7 @@ def test_a_signal_ends_a_run_within_a_second(tmp_path, scenario, sent, status):
     process.send_signal(sent)
     started = time.monotonic()
     message = process.communicate(timeout=30)[1]
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3
     assert process.returncode == status
     assert "incomplete" in message and "Traceback" not in message
 
