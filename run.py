@@ -80,7 +80,8 @@ CONF_KEYS = {
     "accuracy_log_rng_seed", "accuracy_log_probability", "accuracy_log_sampling_target", "test05",
     "test05_qsl_rng_seed", "test05_sample_index_rng_seed", "test05_schedule_rng_seed", "use_token_latencies",
     "infer_token_latencies", "token_latency_scaling_factor", "ttft_latency", "tpot_latency"}
-CONF_LIMITS = {"target_qps": 1e6, "target_latency": 1e12, "target_latency_percentile": 100, "samples_per_query": 1e6}
+MOST_SAMPLES = 1e9  # of a run; LoadGen holds all in memory
+CONF_LIMITS = {"target_qps": 1e9, "target_latency": 1e12, "target_latency_percentile": 100, "samples_per_query": 1e6}
 CONF_LINE = re.compile(r"(\S+)\.([^.\s]+)\.(\w+)\s*=\s*(\S+)")  # model.scenario.key = value
 
 PADDED_TOKENS = 128  # by fewer than these, a model's table is made larger than its vocabulary, a multiple of 8 to 128
@@ -246,10 +247,13 @@ def loadgen_settings(args: argparse.Namespace) -> tuple[Any, Any]:
     if settings.FromConfig(args.user_conf, "bert", args.scenario):
         raise UserError(f"{args.user_conf}: LoadGen cannot read it; "
                         "each line must be model.scenario.key = number, or a # comment")
-
     if args.quick:
         settings.min_duration_ms = QUICK_S * 1000
         settings.min_query_count = 1
+    rate = {"Offline": settings.offline_expected_qps, "Server": settings.server_target_qps}.get(args.scenario, 0)
+    if (samples := rate * settings.min_duration_ms / 1e3) > MOST_SAMPLES:
+        raise UserError(f"{args.user_conf}: target_qps {rate:g} and min_duration make {samples:.3g} samples, more than "
+                        f"{MOST_SAMPLES:g}; give lower ones")
 
     log_settings = lg.LogSettings()
     log_settings.log_output.outdir = config.env("LOG_PATH", config.LOG_DIR)

@@ -281,7 +281,7 @@ def verify_accuracy(accuracy: str, test: str) -> str:
 def verify_performance(scenario: str, performance: str, test: str) -> str:
     """TEST01's verify_performance.txt for the folders of both runs: the figures are within 10 %."""
     submitted, found = (figure(scenario, read_detail_log(folder))[1] or 0 for folder in (performance, test))
-    return (f"Reference score = {submitted}\nTest score = {found}\n"
+    return (f"Reference score = {submitted:.6g}\nTest score = {found:.6g}\n"
             f"TEST {'PASS' if close(submitted, found) else 'FAIL'}\n")
 
 

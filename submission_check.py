@@ -234,10 +234,12 @@ def check_test01(path: str, logs: dict[str, Any], benchmark: str, scenario: str,
     if not (logs["performance"] and logs["TEST01"]):
         return
     submitted, test = (figure(scenario, logs[kind])[1] for kind in ("performance", "TEST01"))
+    unit = RESULTS[scenario][1]
     if submitted is None or test is None:
         faults.append(f"{path}: a detail log of it or of performance/run_1 has no {RESULTS[scenario][3][0]}")
     elif not close(submitted, test):
-        faults.append(f"{path}: performance {test:.6g} is not within {TOLERANCE:.0%} of the submitted {submitted:.6g}")
+        faults.append(f"{path}: performance {test:.6g} {unit} is not within {TOLERANCE:.0%} of the submitted "
+                      f"{submitted:.6g}")
     elif verdict is not None and not PASS.search(verdict):
         faults.append(f"{path}/verify_performance.txt: has no line TEST PASS")
 

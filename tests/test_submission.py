@@ -259,12 +259,12 @@ def test_a_test01_that_logged_nothing_or_other_samples_fails(again):
 
 @pytest.mark.parametrize("factor, verdict", [(0.91, "PASS"), (1.09, "PASS"), (0.89, "FAIL"), (1.11, "FAIL")])
 def test_test01s_performance_is_to_be_within_10_percent(again, factor, verdict):
-    for scenario, key in (("Offline", "result_samples_per_second"), ("SingleStream", "early_stopping_latency_ss")):
+    for scenario, key, unit in (("Offline", "result_samples_per_second", 1), ("SingleStream", "early_stopping_latency_ss", 1e6)):
         performance, test = (run_folder(again, scenario, kind) for kind in ("performance", "TEST01"))
-        change_log(performance / "mlperf_log_detail.txt", **{key: 1000})
-        change_log(test / "mlperf_log_detail.txt", **{key: 1000 * factor})
+        change_log(performance / "mlperf_log_detail.txt", **{key: 1000 * unit})
+        change_log(test / "mlperf_log_detail.txt", **{key: 1000 * factor * unit})
         assert verify_performance(scenario, performance, test) == \
-            f"Reference score = 1000\nTest score = {1000 * factor}\nTEST {verdict}\n"
+            f"Reference score = 1000\nTest score = {1000 * factor:g}\nTEST {verdict}\n"
 
 
 def test_only_a_scenarios_own_settings_count_for_its_runs(tmp_path):
@@ -328,7 +328,7 @@ def valid(made, tmp_path_factory):
         values = {"effective_accuracy_sample_count": SAMPLES} if path.parent.name == "accuracy" else {
             "effective_min_duration_ms": 600000, "effective_performance_sample_count": SAMPLES,
             "effective_samples_per_query": 24576, "result_query_count": 1024, "result_validity": "VALID",
-            "result_samples_per_second": 100, "early_stopping_latency_ss": 5000}
+            "result_samples_per_second": 100, "early_stopping_latency_ss": 5_000_000}
         change_log(path, **values)
     for path in top.rglob("verify_performance.txt"):
         path.write_text("Reference score = 100\nTest score = 100\nTEST PASS\n")
@@ -435,7 +435,7 @@ RULES = [
     (f"{S}accuracy/mlperf_log_accuracy.json", replace("\n\n...\n\n", "\n\n...\n"), "first and last 4096 characters"),
     (f"{S}TEST01/verify_accuracy.txt", failed_with(91), "F1 91.000 is not within 1 % of 90.000"),
     (f"{S}TEST01/verify_performance.txt", replace("PASS", "FAIL"), "verify_performance.txt: has no line TEST PASS"),
-    (f"{S}{TEST01}", logged(early_stopping_latency_ss=5501), "performance 5501 is not within 10% of the submitted 5000"),
+    (f"{S}{TEST01}", logged(early_stopping_latency_ss=5_501_000), "performance 5.501 ms is not within 10% of the submitted 5"),
     (f"{O}{TEST01}", logged(result_samples_per_second=89), "performance 89 is not within 10% of the submitted 100"),
     (f"{S}user.conf", lambda path: path.rename(path.with_name("user .conf")) and shutil.copy(
         path.with_name("user .conf"), path), "a space in the name"),
