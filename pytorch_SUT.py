@@ -10,6 +10,11 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
+# Before torch is imported: its caches of kernels hold those of a batch, not of the last thousand lengths, whose memory
+# grows for minutes to three times the model's. Making a kernel anew takes no time that can be measured.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "16")
+
 import numpy as np
 import torch
 from safetensors.torch import load_file

@@ -436,7 +436,7 @@ RULES = [
     (f"{S}TEST01/verify_accuracy.txt", failed_with(91), "F1 91.000 is not within 1 % of 90.000"),
     (f"{S}TEST01/verify_performance.txt", replace("PASS", "FAIL"), "verify_performance.txt: has no line TEST PASS"),
     (f"{S}{TEST01}", logged(early_stopping_latency_ss=5_501_000), "performance 5.501 ms is not within 10% of the submitted 5"),
-    (f"{O}{TEST01}", logged(result_samples_per_second=89), "performance 89 is not within 10% of the submitted 100"),
+    (f"{O}{TEST01}", logged(result_samples_per_second=89), "performance 89 samples/s is not within 10% of the submitted 100"),
     (f"{S}user.conf", lambda path: path.rename(path.with_name("user .conf")) and shutil.copy(
         path.with_name("user .conf"), path), "a space in the name"),
     (f"{S}README.md", lambda path: path.with_name("link").symlink_to(path), "a symbolic link"),
