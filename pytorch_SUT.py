@@ -10,8 +10,8 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Before torch is imported: its caches of kernels hold those of a batch, not of the last thousand shapes, whose memory
-# grows for minutes to three times the model's. An Offline batch in bf16 or int8 has two for each length in it: 256 hold them.
+# Before torch is imported: its caches of kernels, 1,024 by default, grow for minutes to three times the model's memory.
+# An Offline batch in bf16 or int8 has two kernels for each length in it: 256 hold those of one.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "256")
 
