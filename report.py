@@ -33,11 +33,10 @@ import config
 import record
 from config import UserError
 from create_squad_data import Features, Squad, load_features, read_vocab
-from run import RESULTS, detail_entries, figure
+from run import RESULTS, TRACE, detail_entries, figure
 from squad_eval import DTYPES, read_log, score_log, score_question
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TRACE = "mlperf_log_trace.json"  # LoadGen's name
 OFFICIAL_MS = 600_000  # MLPerf's least duration of a performance run
 WORST = 20  # answers shown
 

@@ -65,10 +65,10 @@ RESULTS = {
                     ("early_stopping_latency_ms", "result_99.00_percentile_per_query_latency_ns")),
 }
 
-DETAIL_LOG, SUMMARY = "mlperf_log_detail.txt", "mlperf_log_summary.txt"  # LoadGen's names
+DETAIL_LOG, SUMMARY, TRACE = "mlperf_log_detail.txt", "mlperf_log_summary.txt", "mlperf_log_trace.json"  # LoadGen's
 
 # How a whole log of LoadGen's ends.
-LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY: b".\n", config.ACCURACY_LOG: b"]\n", "mlperf_log_trace.json": b"}\n"}
+LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY: b".\n", config.ACCURACY_LOG: b"]\n", TRACE: b"}\n"}
 
 # The keys that LoadGen 6.0's conf files may have. Those of the second must be above 0 and below the number given: else
 # LoadGen waits for ever, or takes all memory.
@@ -515,8 +515,9 @@ def main() -> None:
     if (highest := features.input_ids.max()) >= backend.vocab_size:
         raise UserError(f"{vocab_file}: holds token {highest}, but the model knows {backend.vocab_size} tokens; "
                         "VOCAB_FILE must name the vocabulary the model was trained with")
-    if len(read_vocab(vocab_file)) + PADDED_TOKENS <= backend.vocab_size < sys.maxsize:
-        raise UserError(f"{vocab_file}: holds {len(read_vocab(vocab_file))} tokens, but the model knows "
+    vocab = read_vocab(vocab_file)
+    if len(vocab) + PADDED_TOKENS <= backend.vocab_size < sys.maxsize:
+        raise UserError(f"{vocab_file}: holds {len(vocab)} tokens, but the model knows "
                         f"{backend.vocab_size}; VOCAB_FILE must name the vocabulary the model was trained with")
     stage(f"{backend.name}; warming up")
     backend.predict(qsl.longest_batch(1))
@@ -567,7 +568,7 @@ def main() -> None:
 
         stage("scoring")
         logits = read_log(os.path.join(log_folder, config.ACCURACY_LOG), len(features))
-        figures, answers = score_log(squad, features, read_vocab(vocab_file), logits)
+        figures, answers = score_log(squad, features, vocab, logits)
         save_answers(config.PREDICTIONS, answers)
         print(json.dumps(figures), flush=True)
     finish(record)
