@@ -5,6 +5,7 @@ import pytest
 from conftest import arguments, random_batch, random_bert, samples
 
 torch = pytest.importorskip("torch")
+import packed_bert
 import pytorch_SUT
 from packed_bert import Int8Linear, Linear, PrepackedLinear, attention
 from pytorch_SUT import PyTorchBackend, PyTorchReference, cpu_runs
@@ -64,18 +65,20 @@ def test_a_row_is_the_same_bits_whatever_the_others_are(dtype):
                 assert torch.equal(call(x[start:stop].contiguous()), whole[start:stop])
 
 
-def test_attention_stays_within_a_sample():
-    heads, width, lengths = 3, 24, [5, 9, 5]
-    qkv = torch.randn(sum(lengths), 3 * width)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_attention_stays_within_a_sample(kind):
+    heads, width, lengths = 3, 24, [5, 19, 5]
+    qkv = torch.randn(sum(lengths) + 2, 3 * width, generator=torch.Generator().manual_seed(0)).to(kind)
     result = attention(qkv, heads, lengths)
     start = 0
     for length in lengths:
         own = qkv[start:start + length]
-        q, k, v = (part.view(length, heads, -1).transpose(0, 1) for part in own.split(width, dim=1))
+        q, k, v = (part.view(length, heads, -1).transpose(0, 1) for part in own.float().split(width, dim=1))
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(0, 1).flatten(1)
-        assert (result[start:start + length] - expected).abs().max() < 1e-5
+        assert (result[start:start + length] - expected).abs().max() < (1e-5 if kind == torch.float32 else 0.06)
         assert torch.equal(result[start:start + length], attention(own, heads, [length]))
         start += length
+    assert torch.equal(result[start:], result[:1].expand(2, -1)), "what fills up is no other than the first"
 
 
 @pytest.fixture
@@ -95,6 +98,15 @@ def test_a_samples_logits_are_the_same_bits_in_every_batch(backend, dtype):
     together = np.split(runner.predict(batch), np.cumsum(batch.lengths)[:-1])
     for logits, sample in zip(together, samples(batch)):
         assert logits.tobytes() == runner.predict(sample).tobytes()
+
+
+def test_rows_that_fill_up_change_neither_logits_nor_ranges(backend, dtype, monkeypatch):
+    batch = random_batch(90, 37, 3)
+    filled, ranges = backend(dtype).predict(batch), pytorch_SUT.input_ranges("model", [batch])
+    monkeypatch.setattr(packed_bert, "ROWS", 1)
+    assert np.abs(backend(dtype).predict(batch) - filled).max() <= {"fp32": 0, "bf16": 0.02, "int8": 0.02}[dtype]
+    for name, pair in pytorch_SUT.input_ranges("model", [batch]).items():
+        assert torch.equal(torch.stack(pair), torch.stack(ranges[name])), name
 
 
 def test_every_dtype_stays_close_to_the_plain_padded_model(backend, dtype):
