@@ -100,7 +100,7 @@ def serve(pipe: Connection, backend: str, dtype: str, model: str) -> None:
     """A run's process: loads the backend, then measures whenever it is told to. Answers (error, result)."""
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
     try:
-        from squad_SUT import Batching
+        from squad_SUT import Batching, Waiting
 
         reference = dtype == "reference"
         args = parse_run_args([f"--backend={backend}", "--scenario=SingleStream",
@@ -112,18 +112,18 @@ def serve(pipe: Connection, backend: str, dtype: str, model: str) -> None:
         pipe.send((None, runner.name))
         while (order := pipe.recv()) is not None:
             what, rows = order
-            waiting = deque((row, None) for row in
+            waiting = deque(Waiting(row, None, 0) for row in
                             (sorted(rows, key=lambda row: -qsl.lengths[row]) if batching.sort else rows))
             took: list[float] = []
             logits: dict[int, np.ndarray] = {}
             while waiting:
                 samples = batching.take(waiting, qsl.lengths) if what == "offline" else [waiting.popleft()]
-                batch = qsl.batch(np.array([row for row, _ in samples]))
+                batch = qsl.batch(np.array([sample.row for sample in samples]))
                 start = time.perf_counter()
                 result = runner.predict(batch)
                 took.append(time.perf_counter() - start)
                 ends = np.cumsum(batch.lengths)[:-1]
-                logits.update(zip((row for row, _ in samples), np.split(result, ends)))
+                logits.update(zip((sample.row for sample in samples), np.split(result, ends)))
             pipe.send((None, (took, logits, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)))
     except EOFError:
         pass  # the parent has ended

@@ -33,7 +33,7 @@ import network_format
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
-from squad_SUT import Backend, Batching, SquadSUT, checked
+from squad_SUT import Backend, Batching, SquadSUT, Waiting, Worker, checked
 
 BODY_LIMIT = 16 * 2**20  # bytes of a request
 SHUTDOWN_S = 1  # how long a signal lets open requests run
@@ -73,18 +73,18 @@ class Arrivals:
 class NetworkSUT(SquadSUT):
     """Answers requests as `SquadSUT` answers LoadGen. A query's id is (the future that waits for its logits, tokens)."""
 
-    def __init__(self, backend: Backend, batching: Batching) -> None:
-        """To be called in the event loop."""
+    def __init__(self, backend: Backend, batching: Batching, worker: Worker) -> None:
+        """To be called in the event loop; `worker` as in `SquadSUT`."""
         self.loop = asyncio.get_running_loop()
         self.within = batching  # a request
         # Runs are batches already where the lengths matter: a run's is that of all its samples.
         together = "any" if batching.together == "any" else "one"
-        super().__init__(backend, Arrivals(), Batching(together, batching.max_tokens, sort=False), end)
+        super().__init__(backend, Arrivals(), Batching(together, batching.max_tokens, sort=False), end, worker)
 
     async def logits(self, lengths: np.ndarray, ids: np.ndarray, segments: np.ndarray) -> np.ndarray:
         """The logits of a request's samples, float32 (tokens, 2). Raises what the backend raised."""
         samples, first, start = [], 0, 0
-        waiting = deque((number, None) for number in range(len(lengths)))
+        waiting = deque(Waiting(number, None, 0) for number in range(len(lengths)))
         while waiting:
             past = first + len(self.within.take(waiting, lengths))
             end = start + int(lengths[first:past].sum())
@@ -184,15 +184,15 @@ def description(backend: Backend, node: str) -> dict[str, Any]:
             "together": backend.together, "logits": hashlib.sha256(backend.predict(sample).tobytes()).hexdigest()}
 
 
-def serve(backend: Backend, batching: Batching, node: str, host: str, port: int,
+def serve(backend: Backend, batching: Batching, worker: Worker, node: str, host: str, port: int,
           stage: Callable[[str], object]) -> None:
-    """Serve `backend` on `host` and `port` until SIGINT or SIGTERM; `stage` is called with a line when it is ready.
+    """Serve `backend`, which `worker` loaded, on `host` and `port` until SIGINT or SIGTERM; `stage` is called with a line when it is ready.
 
     Raises UserError where it cannot listen there.
     """
     if port > 65535:  # uvloop would take it modulo 65536
         raise UserError(f"--port={port}: the highest is 65535; give another")
-    about = description(backend, node)
+    about = worker.start(lambda: description(backend, node)).result()
     sut: NetworkSUT  # made by `work`, in the event loop
 
     async def predict(request: web.Request) -> web.Response:
@@ -221,7 +221,7 @@ def serve(backend: Backend, batching: Batching, node: str, host: str, port: int,
 
     async def work(app: web.Application) -> AsyncIterator[None]:
         nonlocal sut
-        sut = NetworkSUT(backend, batching)
+        sut = NetworkSUT(backend, batching, worker)
         yield
         sut.stop()
 

@@ -80,6 +80,7 @@ class Int8Linear:
         inputs' bounds are `gelu_range`.
         """
         self.scale, self.zero_point = uint8_range(low, high)
+        self.offset = torch.tensor([self.zero_point + 0.5])
         self.weight_scale = weight.abs().amax(1).clamp(min=1e-12) / 127
         quantized = (weight / self.weight_scale[:, None]).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(quantized, None)
@@ -92,7 +93,7 @@ class Int8Linear:
         """The input as uint8; it already is after a `gelu`."""
         if x.dtype == torch.uint8:
             return x
-        return (x.float() * (1 / self.scale)).add_(self.zero_point + 0.5).clamp_(0, 255).to(torch.uint8)
+        return torch.add(self.offset, x, alpha=1 / self.scale).clamp_(0, 255).to(torch.uint8)
 
     def product(self) -> tuple[float, int, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.scale, self.zero_point, self.weight, self.weight_scale, self.weight_zero_point

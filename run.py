@@ -34,7 +34,7 @@ from record import write as write_record
 
 if TYPE_CHECKING:  # numpy and LoadGen
     from squad_QSL import SquadQSL
-    from squad_SUT import Backend, SquadSUT
+    from squad_SUT import Backend, Batching, SquadSUT
 
 SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
 
@@ -286,19 +286,23 @@ def prepare_log_folder(folder: str) -> None:
             from None
 
 
-def batch_tokens(scenario: str, settings: Any, backend: Backend, qsl: SquadQSL) -> int:
-    """How many tokens a batch of the scenario may have.
+def form_batches(args: argparse.Namespace, settings: Any, backend: Backend, qsl: SquadQSL) -> Batching:
+    """How the scenario's samples become batches.
 
     A query of Server may wait for one batch to end before its own runs; a third of the target latency for each leaves
     room for chance.
     """
-    if scenario != "Server":
-        return BATCH_TOKENS
-    batch = qsl.longest_batch(1)
+    from squad_SUT import Batching
+
+    tokens, sort = args.batch_tokens or BATCH_TOKENS, args.scenario == "Offline" and not args.reference
+    if args.scenario != "Server" or args.reference:
+        return Batching(backend.together, tokens, sort)
+    batch, latency = qsl.longest_batch(1), settings.server_target_latency_ns / 1e9
     start = time.perf_counter()
     backend.predict(batch)
     tokens_a_second = batch.lengths.sum() / (time.perf_counter() - start)
-    return min(BATCH_TOKENS, max(1, int(tokens_a_second * settings.server_target_latency_ns / 1e9 / 3)))
+    tokens = args.batch_tokens or min(BATCH_TOKENS, max(1, int(tokens_a_second * latency / 3)))
+    return Batching(backend.together, tokens, sort, latency, tokens_a_second)
 
 
 def least_seconds(settings: Any) -> float:
@@ -483,12 +487,13 @@ def serve_backend(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"--network=sut needs the package {error.name}; "
                         "`make venv BACKEND=network` installs it") from None
-    from squad_SUT import Batching
+    from squad_SUT import Batching, Worker
 
     stage("loading the model")
-    backend = load_backend(args)
+    worker = Worker()
+    backend: Backend = worker.start(lambda: load_backend(args)).result()
     batching = Batching(backend.together, args.batch_tokens or BATCH_TOKENS, sort=False)
-    serve(backend, batching, args.node, args.host, args.port, stage)
+    serve(backend, batching, worker, args.node, args.host, args.port, stage)
 
 
 def main() -> None:
@@ -497,6 +502,7 @@ def main() -> None:
         return serve_backend(args)
     from create_squad_data import load_features, read_vocab
     from squad_QSL import SquadQSL
+    from squad_SUT import SquadSUT, Worker
 
     if args.report and not all(map(importlib.util.find_spec, ("jinja2", "matplotlib"))):
         raise UserError("--report needs jinja2 and matplotlib; `make venv BACKEND=report` installs them")
@@ -511,7 +517,8 @@ def main() -> None:
     # LoadGen believes its settings: 10,833 would stand in the logs of a run over fewer samples.
     settings.performance_sample_count_override = min(settings.performance_sample_count_override, len(qsl))
     stage(f"{len(qsl)} samples of {dataset}; loading the model")
-    backend = load_backend(args)
+    worker = Worker()
+    backend: Backend = worker.start(lambda: load_backend(args)).result()
     if (highest := features.input_ids.max()) >= backend.vocab_size:
         raise UserError(f"{vocab_file}: holds token {highest}, but the model knows {backend.vocab_size} tokens; "
                         "VOCAB_FILE must name the vocabulary the model was trained with")
@@ -520,15 +527,11 @@ def main() -> None:
         raise UserError(f"{vocab_file}: holds {len(vocab)} tokens, but the model knows "
                         f"{backend.vocab_size}; VOCAB_FILE must name the vocabulary the model was trained with")
     stage(f"{backend.name}; warming up")
-    backend.predict(qsl.longest_batch(1))
-
-    from squad_SUT import Batching, SquadSUT
-
+    worker.start(lambda: backend.predict(qsl.longest_batch(1))).result()
+    batching = worker.start(lambda: form_batches(args, settings, backend, qsl)).result()
     outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    max_tokens = args.batch_tokens or batch_tokens(args.scenario, settings, backend, qsl)
-    batching = Batching(backend.together, max_tokens, sort=args.scenario == "Offline" and not args.reference)
-    sut = SquadSUT(backend, qsl, batching, outcome.put)
-    record = describe(args, backend, max_tokens)
+    sut = SquadSUT(backend, qsl, batching, outcome.put, worker)
+    record = describe(args, backend, batching.max_tokens)
 
     def test() -> dict[str, Any]:
         folder = log_settings.log_output.outdir

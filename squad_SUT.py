@@ -4,11 +4,14 @@ LoadGen's threads only put samples on a queue. Worker threads take what waits th
 backend and give its logits back to LoadGen. `Backend` says what a backend has.
 """
 
+import math
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
 
 import mlperf_loadgen as lg
 import numpy as np
@@ -35,6 +38,41 @@ class Backend(Protocol):
         """The start and end logits of every token, sample after sample without padding, as float32 (tokens, 2)."""
 
 
+class Worker:
+    """A thread that makes calls, one after another. It ends with the process.
+
+    A backend is to be loaded, warmed up and run in the same one. OpenMP keeps a pool of threads for each thread that
+    computes, and once there are more of them than cores they sleep at every barrier: PyTorch on two cores then gave, for
+    a small BERT, 77 samples/s in int8 instead of 104, and 43 in fp32 instead of 46.
+    """
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def start(self, call: Callable[[], Any]) -> "Future[Any]":
+        """Make the call `call()` when those before are made; the future has what it returns or raises."""
+        future: Future[Any] = Future()
+        self.calls.put((future, call))
+        return future
+
+    def work(self) -> None:
+        while True:
+            future, call = self.calls.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it
+                future.set_exception(error)
+
+
+class Waiting(NamedTuple):
+    """A sample that waits for its batch."""
+
+    row: int  # in the library
+    id: Any  # of LoadGen's query
+    arrived: float  # time.perf_counter()
+
+
 class SquadSUT:
     """Answers LoadGen's queries on a `SquadQSL` with a backend.
 
@@ -43,21 +81,24 @@ class SquadSUT:
     """
 
     def __init__(self, backend: Backend, qsl: Any, batching: "Batching",
-                 fail: Callable[[BaseException], object]) -> None:
-        """`qsl` is a `SquadQSL`, or has its `lengths` and `batch`; starts the backend's `workers` threads."""
+                 fail: Callable[[BaseException], object], worker: Worker) -> None:
+        """`qsl` is a `SquadQSL`, or has its `lengths` and `batch`. `worker`, which loaded the backend, runs it.
+
+        Others of its `workers` are started.
+        """
         self.backend, self.qsl, self.batching, self.fail = backend, qsl, batching, fail
-        # Lists of LoadGen's QuerySamples; None ends a worker.
-        self.arrived: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
+        # (LoadGen's QuerySamples, when they came); None ends a worker.
+        self.arrived: queue.SimpleQueue[tuple[list[Any], float] | None] = queue.SimpleQueue()
         self.forming = threading.Lock()  # held while a worker waits for samples and forms its batch
         self.issued = self.answered = 0  # samples so far, for whoever watches the run
-        self.waiting: deque[tuple[int, Any]] = deque()  # (sample index, query id), in the order in which they will run
-        self.workers = [threading.Thread(target=self.work, daemon=True) for _ in range(backend.workers)]
-        for worker in self.workers:
-            worker.start()
+        self.waiting: deque[Waiting] = deque()  # in the order in which they will run
+        self.late: deque[Waiting] = deque()  # these when no others wait
+        workers = [worker, *(Worker() for _ in range(backend.workers - 1))]
+        self.working = [worker.start(self.work) for worker in workers]
 
     def issue_queries(self, samples: list[Any]) -> None:
         """LoadGen's callback: new samples, [QuerySample]. Returns at once."""
-        self.arrived.put(samples)
+        self.arrived.put((samples, time.perf_counter()))
         self.issued += len(samples)
 
     def flush_queries(self) -> None:
@@ -66,15 +107,15 @@ class SquadSUT:
     def stop(self) -> None:
         """End the workers; to be called when LoadGen has no query open."""
         self.arrived.put(None)
-        for worker in self.workers:
-            worker.join()
+        for work in self.working:
+            work.result()
 
     def work(self) -> None:
-        """A worker thread: batches, until `stop`."""
+        """What a worker does: batches, until `stop`."""
         try:
             while samples := self.next_samples():
-                indices, ids = zip(*samples)
-                self.answer(ids, self.qsl.batch(np.array(indices)))
+                rows, ids, _ = zip(*samples)
+                self.answer(ids, self.qsl.batch(np.array(rows)))
                 done = len(ids)
                 self.answered += done  # in one step of the interpreter's, so that no other worker's falls between
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run cannot go on without this worker
@@ -84,39 +125,48 @@ class SquadSUT:
         """Run a batch and complete its queries `ids`."""
         respond(ids, batch.lengths, self.backend.predict(batch))
 
-    def next_samples(self) -> list[tuple[int, Any]]:
-        """Wait for samples and take the next batch of them: [(sample index, query id)], empty at the end."""
+    def next_samples(self) -> list[Waiting]:
+        """Wait for samples and take the next batch of them; empty at the end."""
         with self.forming:
-            while not self.waiting or not self.arrived.empty():
-                samples = self.arrived.get()
-                if samples is None:
+            while not (self.waiting or self.late) or not self.arrived.empty():
+                arrived = self.arrived.get()
+                if arrived is None:
                     self.arrived.put(None)  # for the next worker
                     return []
-                self.waiting.extend((sample.index, sample.id) for sample in samples)
+                samples, when = arrived
+                self.waiting.extend(Waiting(sample.index, sample.id, when) for sample in samples)
                 if self.batching.sort:
-                    self.waiting = deque(sorted(self.waiting, key=lambda sample: -self.qsl.lengths[sample[0]]))
-            return self.batching.take(self.waiting, self.qsl.lengths)
+                    self.waiting = deque(sorted(self.waiting, key=lambda sample: -self.qsl.lengths[sample.row]))
+            now = time.perf_counter()
+            while self.waiting and self.batching.is_late(now - self.waiting[0].arrived,
+                                                         self.qsl.lengths[self.waiting[0].row]):
+                self.late.append(self.waiting.popleft())
+            return self.batching.take(self.waiting or self.late, self.qsl.lengths)
 
 
 class Batching:
     """How waiting samples become batches."""
 
-    def __init__(self, together: str, max_tokens: int, sort: bool) -> None:
+    def __init__(self, together: str, max_tokens: int, sort: bool, latency: float = math.inf,
+                 tokens_a_second: float = math.inf) -> None:
         """The samples that a backend wants `together`, and at most `max_tokens` tokens (but one sample at least) a batch.
 
-        `sort`: longest first, not in turn.
+        `sort`: longest first, not in turn. A sample that cannot be answered within `latency` seconds any more, at
+        `tokens_a_second`, gives way to those that can.
         """
         self.together, self.max_tokens, self.sort = together, max_tokens, sort
+        self.latency, self.tokens_a_second = latency, tokens_a_second
 
-    def take(self, waiting: deque[tuple[int, Any]], lengths: np.ndarray | dict[int, int]) -> list[tuple[int, Any]]:
-        """Remove the next batch from the deque `waiting` of (sample index, query id) and return it as a list.
+    def is_late(self, waited: float, length: int) -> bool:
+        """Whether a sample of `length` tokens that has waited for `waited` seconds cannot be answered in time."""
+        return waited + length / self.tokens_a_second > self.latency
 
-        `lengths` are the tokens of each sample of the library.
-        """
+    def take(self, waiting: deque[Waiting], lengths: np.ndarray | dict[int, int]) -> list[Waiting]:
+        """Remove the next batch from `waiting` and return it. `lengths` are the tokens of each sample of the library."""
         samples = [waiting.popleft()]
-        first = tokens = lengths[samples[0][0]]
+        first = tokens = lengths[samples[0].row]
         while waiting and self.together != "one":
-            length = lengths[waiting[0][0]]
+            length = lengths[waiting[0].row]
             if tokens + length > self.max_tokens or (self.together == "equal" and length != first):
                 break
             tokens += length

@@ -1,22 +1,100 @@
 """How waiting samples become batches. The life of a query under LoadGen is test_run.py's."""
 
+import threading
+import time
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squad_SUT import Batching
+from squad_SUT import Batching, SquadSUT, Waiting, Worker
 
 
 def batches(together, max_tokens, lengths):
     """The samples 0, 1, … of these lengths in batches, each a list of sample indices."""
-    batching, waiting = Batching(together, max_tokens, sort=False), deque((row, None) for row in range(len(lengths)))
+    batching = Batching(together, max_tokens, sort=False)
+    waiting = deque(Waiting(row, None, 0) for row in range(len(lengths)))
     result = []
     while waiting:
-        result.append([row for row, _ in batching.take(waiting, np.array(lengths))])
+        result.append([sample.row for sample in batching.take(waiting, np.array(lengths))])
     return result
+
+
+class Slow:
+    """A backend that waits for `go` and notes the thread of each call; its library has samples of their index in tokens."""
+
+    workers, together = 1, "any"
+
+    def __init__(self):
+        self.go, self.threads = threading.Event(), [threading.get_ident()]
+
+    def predict(self, batch):
+        self.threads.append(threading.get_ident())
+        self.go.wait()
+
+
+class Library:
+    lengths = np.arange(100)
+
+    def batch(self, rows):
+        return rows
+
+
+class Order(SquadSUT):
+    """Notes the batches instead of answering."""
+
+    def answer(self, ids, batch):
+        self.backend.predict(batch)
+        self.batches = [*getattr(self, "batches", []), batch.tolist()]
+
+
+def order(batching, arrivals, wait=0.0):
+    """The batches of samples that arrive in groups, `wait` seconds apart, while the first is at work; and the backend."""
+    worker = Worker()
+    backend = worker.start(Slow).result()
+    errors = []
+    sut = Order(backend, Library(), batching, errors.append, worker)
+    for number, rows in enumerate(arrivals):
+        sut.issue_queries([SimpleNamespace(index=row, id=row) for row in rows])
+        while not number and not sut.arrived.empty():
+            time.sleep(0.001)
+        time.sleep(wait * (number < len(arrivals) - 1))
+    backend.go.set()
+    while sut.answered < sum(map(len, arrivals)):
+        time.sleep(0.001)
+    sut.stop()
+    assert not errors
+    return sut.batches, backend
+
+
+def test_a_backend_runs_in_the_thread_that_loaded_it():
+    _, backend = order(Batching("any", 50, sort=False), [[10], [20]])
+    assert len(set(backend.threads)) == 1 and backend.threads[0] != threading.get_ident()
+
+
+def test_samples_run_in_turn_or_longest_first():
+    arrivals = [[10], [20, 40], [30]]
+    assert order(Batching("any", 50, sort=False), arrivals)[0] == [[10], [20], [40], [30]]
+    assert order(Batching("any", 50, sort=True), arrivals)[0] == [[10], [40], [30, 20]]
+
+
+def test_a_sample_that_cannot_be_answered_in_time_gives_way_to_those_that_can_and_is_answered():
+    """After 0.5 s the samples of the second group are late; so is a sample of 90 tokens at 100 a second."""
+    batching = Batching("any", 50, sort=False, latency=0.4, tokens_a_second=1e6)
+    assert order(batching, [[10], [20, 21], [30, 31]], wait=0.5)[0] == [[10], [30], [31], [20, 21]]
+    batching = Batching("one", 50, sort=False, latency=0.5, tokens_a_second=100)
+    assert order(batching, [[1], [90, 10, 80], [20]])[0] == [[1], [10], [20], [90], [80]]
+
+
+def test_a_worker_passes_on_what_a_call_raises_and_goes_on():
+    worker = Worker()
+    failed = worker.start(lambda: 1 / 0)
+    assert worker.start(lambda: 2).result() == 2
+    with pytest.raises(ZeroDivisionError):
+        failed.result()
 
 
 @pytest.mark.parametrize("together, max_tokens, expected", [
