@@ -59,14 +59,15 @@ def order(batching, arrivals, wait=0.0):
     sut = Order(backend, Library(), batching, errors.append, worker)
     for number, rows in enumerate(arrivals):
         sut.issue_queries([SimpleNamespace(index=row, id=row) for row in rows])
-        while not number and not sut.arrived.empty():
+        while not number and len(backend.threads) == 1:
             time.sleep(0.001)
         time.sleep(wait * (number < len(arrivals) - 1))
     backend.go.set()
-    while sut.answered < sum(map(len, arrivals)):
+    end = time.monotonic() + 10
+    while sut.answered < sum(map(len, arrivals)) and not errors and time.monotonic() < end:
         time.sleep(0.001)
+    assert not errors and sut.answered == sum(map(len, arrivals))
     sut.stop()
-    assert not errors
     return sut.batches, backend
 
 
