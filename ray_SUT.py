@@ -235,5 +235,6 @@ class RayBackend:
                 self.changed.notify_all()
 
     def close(self) -> None:
-        """Leave the cluster; end a local one."""
+        """Leave the cluster; end a local one. What `predict` still does in other threads stands still from now on."""
+        self.changed.acquire()  # for good: Ray ends the process of whoever calls it after its end
         ray.shutdown()
