@@ -110,8 +110,9 @@ def script(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: the package {error.name} is not installed; "
                  "`make venv` makes .venv, start this with .venv/bin/python")
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as a shell reports it
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
+        # 128 + SIGINT, as a shell reports it; at once, since a thread that still loads a model would abort the exit
+        os._exit(130)
     except (MemoryError, RuntimeError) as error:
         if fault := memory_fault(error):
             sys.exit(f"{os.path.basename(sys.argv[0])}: error: {fault}")

@@ -186,9 +186,9 @@ def description(backend: Backend, node: str) -> dict[str, Any]:
 
 def serve(backend: Backend, batching: Batching, worker: Worker, node: str, host: str, port: int,
           stage: Callable[[str], object]) -> None:
-    """Serve `backend`, which `worker` loaded, on `host` and `port` until SIGINT or SIGTERM; `stage` is called with a line when it is ready.
+    """Serve `backend`, which `worker` loaded, on `host` and `port` until SIGINT or SIGTERM.
 
-    Raises UserError where it cannot listen there.
+    `stage` is called with a line when it is ready. Raises UserError where it cannot listen there.
     """
     if port > 65535:  # uvloop would take it modulo 65536
         raise UserError(f"--port={port}: the highest is 65535; give another")
