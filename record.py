@@ -66,6 +66,7 @@ def describe(args: argparse.Namespace, backend: Backend, batch_tokens: int) -> d
         "backend": backend.name,
         "dtype": args.dtype,
         "batch_tokens": int(batch_tokens),
+        "workers": backend.workers,
         "model": model and os.path.abspath(model),
         "dataset": os.path.abspath(dataset),
         "max_examples": args.max_examples,

@@ -470,7 +470,8 @@ def system(run: Run) -> dict[str, str]:
     """What record.json says: {name: value in words}."""
     known = run.record
     found = {"backend": known.get("backend"), "dtype": known.get("dtype"),
-             "tokens a batch at most": known.get("batch_tokens"), "model": known.get("model"), "model's md5": known.get("model_md5"), "data set": known.get("dataset"),
+             "tokens a batch at most": known.get("batch_tokens"), "batches at once": known.get("workers"),
+             "model": known.get("model"), "model's md5": known.get("model_md5"), "data set": known.get("dataset"),
              "vocabulary": known.get("vocab"), "processor": known.get("processor"), "cores": known.get("cores"),
              "GPU": known.get("gpu"),
              "memory": f"{number(known['memory_bytes'] / 2**30)} GiB" if known.get("memory_bytes") else None,

@@ -25,6 +25,7 @@ class Backend(Protocol):
 
         path        the model's file, for the run's record; a backend without one has no such attribute
         close()     only where it has started what outlives the process: ends that
+        threads     where `workers` may be set: the most workers, each of which computes with its part of these threads
     """
 
     name: str  # what runs, for people: framework, version, device, dtype

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import DEMO_ENV, ROOT, fails
 
 from create_squad_data import load_features
-from run import find_peak, read_detail_log, verdict
+from run import find_peak, form_batches, parse_args, read_detail_log, verdict
 
 # --backend and --dtype of every row that README's table of models has, and of PyTorch's other dtypes.
 BACKENDS = [("pytorch", "fp32"), ("pytorch", "bf16"), ("pytorch", "int8"), ("tf", "fp32"), ("onnxruntime", "fp32"),
@@ -197,6 +198,21 @@ def test_find_peak_tries_rates_until_the_highest_valid_one(script, tmp_path):
     assert (tmp_path / f"build/logs/target_qps-{peak:.6g}/mlperf_log_summary.txt").exists()
 
 
+@pytest.mark.parametrize("target_ms, workers", [(200, 4), (60, 2), (15, 1)])
+def test_server_runs_so_many_batches_at_once_that_the_longest_sample_takes_half_the_latency(target_ms, workers):
+    """Of a backend of four threads, 10 ms for 384 tokens with all of them and 40 ms with one."""
+    def predict(batch):
+        time.sleep(0.01 * backend.workers)
+
+    backend = SimpleNamespace(threads=4, workers=1, together="any", predict=predict)
+    qsl = SimpleNamespace(longest_batch=lambda count: SimpleNamespace(lengths=np.array([384])))
+    settings = SimpleNamespace(server_target_latency_ns=target_ms * 1e6)
+    batching = form_batches(parse_args(["--scenario=Server"]), settings, backend, qsl)
+    assert backend.workers == workers
+    assert 0.5 < batching.tokens_a_second / (384 / (0.01 * workers)) <= 1
+    assert batching.max_tokens == int(batching.tokens_a_second * target_ms / 3000)
+
+
 # A backend whose predict does as the test says, in place of one of run.py's.
 FAULTY = f"""
 import sys, time
@@ -213,7 +229,7 @@ class Faulty:
 
     def predict(self, batch):
         self.calls += 1
-        if self.calls > 2:  # after the warming up
+        if self.calls > 3:  # after the warming up
             BODY
         return np.zeros((batch.lengths.sum(), 2), np.float32)
 
