@@ -85,6 +85,7 @@ CONF_LIMITS = {"target_qps": 1e9, "target_latency": 1e12, "target_latency_percen
 CONF_LINE = re.compile(r"(\S+)\.([^.\s]+)\.(\w+)\s*=\s*(\S+)")  # model.scenario.key = value
 
 PADDED_TOKENS = 128  # by fewer than these, a model's table is made larger than its vocabulary, a multiple of 8 to 128
+CLOCK_S = 0.2  # by more, between two looks at it, a clock is set; one that is kept in step by NTP is slewed by less
 QUICK_S = 10  # the least seconds of a --quick run
 OFFLINE_SLACK = 1.1  # LoadGen's: Offline's query lasts so many times the least duration at target_qps
 
@@ -352,16 +353,26 @@ def progress(sut: SquadSUT, qsl: SquadQSL, settings: Any, seconds: float) -> tup
 
 def wait(outcome: queue.SimpleQueue[BaseException | None], sut: SquadSUT, qsl: SquadQSL,
          settings: Any) -> BaseException | None:
-    """What is put on the queue `outcome`. Until then, on a terminal, a line shows how far the run is."""
-    if not sys.stderr.isatty():
-        return outcome.get()
+    """What is put on the queue `outcome`, or a UserError where the clock jumps: LoadGen times a run by it.
+
+    Until then, on a terminal, a line shows how far the run is.
+    """
     from tqdm import tqdm
 
-    start = time.monotonic()
-    with tqdm(total=1, leave=False, bar_format="{percentage:3.0f}%|{bar}| {desc}, {remaining} left") as bar:
+    def offset() -> float:
+        return time.time() - time.monotonic()
+
+    start, before = time.monotonic(), offset()
+    with tqdm(total=1, leave=False, bar_format="{percentage:3.0f}%|{bar}| {desc}, {remaining} left",
+              disable=not sys.stderr.isatty()) as bar:
         while True:
             with contextlib.suppress(queue.Empty):
                 return outcome.get(timeout=0.5)
+            jump = min(offset() - before, offset() - before, key=abs)  # the process may be stopped between its clocks
+            if abs(jump) > CLOCK_S:
+                return UserError(f"the system's clock jumped by {jump:.1f} s, and LoadGen times the run by it; "
+                                 "leave the clock alone, keep the machine awake, and run again")
+            before += jump
             bar.n, text = progress(sut, qsl, settings, time.monotonic() - start)
             bar.set_description_str(text)
 

@@ -342,7 +342,8 @@ STAGES = {
     "reading features": ("import config, run",
                          "import config, run, create_squad_data as data\ndata.read_squad = lambda path: time.sleep(30)"),
     "loading the model": ("def __init__(self, args):\n        pass", "def __init__(self, args):\n        time.sleep(30)"),
-    "warming up": ("self.calls += 1", "time.sleep(30)"),
+    # in PyTorch's code, where a thread that the exit stops aborts the process
+    "warming up": ("self.calls += 1", "import torch; x = torch.zeros(2000, 2000)\n        while True: x @ x"),
     "scoring": ("import config, run", "import config, run, squad_eval\nsquad_eval.read_log = lambda *args: time.sleep(30)"),
 }
 
@@ -357,6 +358,18 @@ def test_a_signal_ends_every_stage_within_seconds(tmp_path, sent, stage):
         message = process.communicate(timeout=10)[1]
     assert process.returncode in (128 + sent, -sent)
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("jump_s", [3600, -3600, 1])
+def test_a_clock_that_jumps_ends_the_run(tmp_path, jump_s):
+    """Python's clock stands for the system's, which a test cannot set."""
+    body = f"""time.sleep(0.1)
+            if time.time.__name__ == "time":
+                time.time = lambda real=time.time: real() + {jump_s}"""
+    with running(tmp_path, body=body) as process:
+        message = process.communicate(timeout=10)[1]
+    assert process.returncode == 1
+    assert f"clock jumped by {jump_s}.0 s" in message and "Traceback" not in message
 
 
 def test_a_killed_process_leaves_nothing_that_looks_whole(script, tmp_path):
