@@ -16,14 +16,16 @@ import functools
 import json
 import multiprocessing
 import os
+import queue
 import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,9 +34,9 @@ from tabulate import tabulate
 import config
 from config import UserError
 from create_squad_data import Features, Squad, load_features, read_vocab
-from run import BACKENDS, BATCH_TOKENS, load_backend
+from run import BACKENDS, form_batches, load_backend
 from run import parse_args as parse_run_args
-from squad_QSL import SquadQSL
+from squad_QSL import Batch, SquadQSL
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDER = os.path.join(config.BUILD_DIR, "benchmark")
@@ -96,34 +98,45 @@ def model_for(backend: str, dtype: str, folder: str) -> str:
     return onnx
 
 
-def serve(pipe: Connection, backend: str, dtype: str, model: str) -> None:
-    """A run's process: loads the backend, then measures whenever it is told to. Answers (error, result)."""
+def serve(pipe: Connection, backend: str, dtype: str, scenario: str, model: str) -> None:
+    """A run's process: loads the backend as run.py does, then answers the samples that it is sent, array by array.
+
+    In Offline as one query, in SingleStream one query after another. Answers (error, result).
+    """
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
     try:
-        from squad_SUT import Batching, Waiting
+        from squad_SUT import SquadSUT, Worker
 
-        reference = dtype == "reference"
-        args = parse_run_args([f"--backend={backend}", "--scenario=SingleStream",
-                               "--reference" if reference else f"--dtype={dtype}"])
-        runner = load_backend(args)
+        logits: dict[int, np.ndarray] = {}
+        took: list[float] = []  # of each query, seconds
+        left, lock = 0, threading.Lock()  # the samples of the query that are still to be answered
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        class Measured(SquadSUT):
+            def answer(self, ids: Sequence[int], batch: Batch) -> None:
+                logits.update(zip(ids, np.split(self.backend.predict(batch), np.cumsum(batch.lengths)[:-1])))
+                nonlocal left
+                with lock:
+                    left -= len(ids)
+                    if not left:
+                        done.put(None)
+
+        args = parse_run_args([f"--backend={backend}", f"--scenario={scenario}",
+                               "--reference" if dtype == "reference" else f"--dtype={dtype}"])
+        worker = Worker()
+        runner = worker.start(lambda: load_backend(args)).result()
         qsl = SquadQSL(load_features(*config.dataset_files())[1])
-        batching = Batching(runner.together, BATCH_TOKENS, sort=not reference)
-        runner.predict(qsl.longest_batch(1))
+        worker.start(lambda: runner.predict(qsl.longest_batch(1))).result()
+        sut = Measured(runner, qsl, form_batches(args, None, runner, qsl), done.put, worker)
         pipe.send((None, runner.name))
-        while (order := pipe.recv()) is not None:
-            what, rows = order
-            waiting = deque(Waiting(row, None, 0) for row in
-                            (sorted(rows, key=lambda row: -qsl.lengths[row]) if batching.sort else rows))
-            took: list[float] = []
-            logits: dict[int, np.ndarray] = {}
-            while waiting:
-                samples = batching.take(waiting, qsl.lengths) if what == "offline" else [waiting.popleft()]
-                batch = qsl.batch(np.array([sample.row for sample in samples]))
-                start = time.perf_counter()
-                result = runner.predict(batch)
+        while (rows := pipe.recv()) is not None:
+            took.clear()
+            for query in [rows] if scenario == "Offline" else rows[:, None]:
+                start, left = time.perf_counter(), len(query)
+                sut.issue_queries([SimpleNamespace(index=row, id=row) for row in query])
+                if error := done.get():
+                    raise error
                 took.append(time.perf_counter() - start)
-                ends = np.cumsum(batch.lengths)[:-1]
-                logits.update(zip((sample.row for sample in samples), np.split(result, ends)))
             pipe.send((None, (took, logits, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)))
     except EOFError:
         pass  # the parent has ended
@@ -144,36 +157,48 @@ def start(target: Callable[..., None], *args: str) -> Connection:
 
 
 class Run:
-    """One BACKEND:DTYPE in its process."""
+    """One BACKEND:DTYPE, in a process for each scenario."""
 
     def __init__(self, name: str, folder: str) -> None:
-        """Starts the process with the model in `folder`, and waits until it is loaded."""
+        """Starts the processes with the model in `folder`, and waits until it is loaded."""
         self.name = name
         backend, dtype = name.split(":")
-        self.pipe = start(serve, backend, dtype, model_for(backend, dtype, folder))
-        self.backend = self.receive()
+        self.plain = dtype == "reference"  # which answers one sample after another in any scenario
+        model = model_for(backend, dtype, folder)
+        self.pipes: dict[str, Connection] = {}
+        for scenario in ("Offline", "SingleStream")[self.plain:]:
+            self.pipes[scenario] = start(serve, backend, dtype, scenario, model)
+            self.receive(scenario)
         self.rates: list[float] = []
         self.latencies: list[list[float]] = []
         self.logits: dict[int, np.ndarray] = {}
         self.memory = 0
 
-    def receive(self) -> Any:
+    def receive(self, scenario: str) -> Any:
         try:
-            error, result = self.pipe.recv()
+            error, result = self.pipes[scenario].recv()
         except EOFError:
             raise UserError(f"{self.name}: its process died (out of memory?); give fewer --runs") from None
         if error:
             raise UserError(error)
         return result
 
-    def measure(self, what: str, rows: np.ndarray) -> None:
-        self.pipe.send((what, rows))
-        took, logits, self.memory = self.receive()
-        self.logits.update(logits)
-        if what == "offline":
-            self.rates.append(len(rows) / sum(took))
-        else:
-            self.latencies.append([second * 1e3 for second in took])
+    def ask(self, scenario: str, rows: np.ndarray) -> list[float]:
+        """The seconds of each query. Raises UserError where a sample has not the bytes that it had before."""
+        self.pipes[scenario].send(rows)
+        took: list[float]
+        took, logits, memory = self.receive(scenario)
+        for row, array in logits.items():
+            if not np.array_equal(self.logits.setdefault(row, array), array):
+                raise UserError(f"{self.name}: sample {row} has other logits in Offline than in SingleStream")
+        self.memory = max(self.memory, memory)
+        return took
+
+    def measure(self, query: np.ndarray, alone: np.ndarray) -> None:
+        """A turn: the samples `query` in Offline and the samples `alone` in SingleStream; of the plain way these only."""
+        took = self.ask("SingleStream", alone)
+        self.latencies.append([second * 1e3 for second in took])
+        self.rates.append(len(alone) / sum(took) if self.plain else len(query) / sum(self.ask("Offline", query)))
 
 
 def flops(sizes: dict[str, int], lengths: np.ndarray) -> int:
@@ -256,7 +281,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=DEFAULT_RUNS, metavar="BACKEND:DTYPE",
                         help=f"what to measure (default: {' '.join(DEFAULT_RUNS)})")
-    parser.add_argument("--samples", type=config.count, default=32, help="samples a turn (default: %(default)s)")
+    parser.add_argument("--samples", type=config.count, default=32, help="samples a turn, in Offline three times as many (default: %(default)s)")
     parser.add_argument("--turns", type=config.count, default=3, help="turns of each run (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="8 samples, 1 turn")
     args = parser.parse_args()
@@ -287,8 +312,8 @@ def main() -> None:
     sizes = read_config(model_files(folder)[0])
     rows = spread_samples(features.lengths, min(args.samples, len(features)))
     # a real query of Offline holds dozens of each length
-    query = spread_samples(features.lengths, len(rows), group=4)
-    few = rows[:max(2, len(rows) // 8)]  # of the reference, which takes the same time for each
+    query = spread_samples(features.lengths, min(3 * args.samples, len(features)), group=4)
+    few = rows[:max(2, len(rows) // 4)]  # of the reference, which takes the same time for each
 
     names = [f"{backend}:reference" for backend in dict.fromkeys(run.split(":")[0] for run in args.runs)] + args.runs
     peak_pipe = start(peaks)
@@ -299,9 +324,7 @@ def main() -> None:
     for turn in range(args.turns):
         print(f"turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
         for run in runs:
-            plain = run.name.endswith(":reference")
-            run.measure("offline", few if plain else query)
-            run.measure("alone", few if plain else rows)
+            run.measure(query, few if run.plain else rows)
         peak_pipe.send("measure")
         peak = peak_pipe.recv()
     f1s = {}

@@ -31,14 +31,18 @@ def providers() -> list[str]:
 
 
 def open_session(path: str, options: onnxruntime.SessionOptions | None = None,
-                 name: str | None = None) -> onnxruntime.InferenceSession:
-    """Load the ONNX file `path`, which messages call `name`. Raises UserError where ONNX Runtime cannot."""
+                 name: str | None = None, side_by_side: bool = False) -> onnxruntime.InferenceSession:
+    """Load the ONNX file `path`, which messages call `name`. Raises UserError where ONNX Runtime cannot.
+
+    `side_by_side`: on a CPU each call is to take one thread.
+    """
     name, use = name or path, providers()
     if not os.path.isfile(path):
         raise UserError(f"{name}: no such model file; `make setup` fetches BERT-Large, "
                         "ML_MODEL_FILE_WITH_PATH names another")
     options = options or onnxruntime.SessionOptions()
-    options.intra_op_num_threads = config.env_threads("MLC_MAX_NUM_THREADS") or 0  # 0: one for each core
+    alone = side_by_side and use == [CPU]
+    options.intra_op_num_threads = 1 if alone else config.env_threads("MLC_MAX_NUM_THREADS") or 0  # 0: all cores'
     options.log_severity_level = 3
     if use != [CPU]:
         onnxruntime.preload_dlls()  # CUDA's, where they come from pip, as in the Docker image
@@ -88,7 +92,6 @@ def first_line(error: Exception) -> str:
 class OnnxRuntimeBackend:
     """BERT in ONNX Runtime, on the preferred execution provider where it is there and USE_GPU allows, else the CPU."""
 
-    workers = 1
     vocab_size = sys.maxsize  # the file does not say; an unknown token fails in `predict`
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -98,10 +101,12 @@ class OnnxRuntimeBackend:
         if args.profile:
             options.enable_profiling = True
             options.profile_file_prefix = os.path.join(config.env("LOG_PATH", config.LOG_DIR), "onnxruntime_profile")
-        self.session = open_session(self.path, options)
+        side_by_side = config.side_by_side(args)
+        self.session = open_session(self.path, options, side_by_side=side_by_side)
         self.types, self.length, one_by_one = read_inputs(self.path, self.session)
         check_outputs(self.path, self.session)
         provider = self.session.get_providers()[0]
+        self.workers = config.threads() if side_by_side and provider == CPU else 1
         if args.reference:
             self.length = MAX_SEQ_LENGTH
         self.together = "one" if one_by_one or args.reference else "equal" if provider == CPU else "any"

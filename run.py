@@ -292,13 +292,15 @@ def form_batches(args: argparse.Namespace, settings: Any, backend: Backend, qsl:
 
     A query of Server may wait for one batch to end before its own runs; a third of the target latency for each leaves
     room for chance. A backend that can runs as many of them at once as its threads, or so many that the longest sample
-    takes half of that latency: threads that need not wait for one another lose less to whatever else the machine does.
+    takes half of that latency.
     """
     from squad_SUT import Batching
 
     tokens, sort = args.batch_tokens or BATCH_TOKENS, args.scenario == "Offline" and not args.reference
+    if config.side_by_side(args):
+        backend.workers = getattr(backend, "threads", backend.workers)
     if args.scenario != "Server" or args.reference:
-        return Batching(backend.together, tokens, sort)
+        return Batching(backend.together, tokens, sort, backend.workers if sort else 1)
     batch, latency = qsl.longest_batch(1), settings.server_target_latency_ns / 1e9
 
     def seconds() -> float:
@@ -313,7 +315,7 @@ def form_batches(args: argparse.Namespace, settings: Any, backend: Backend, qsl:
         taken = min(seconds(), seconds())
     tokens_a_second = batch.lengths.sum() / taken
     tokens = args.batch_tokens or min(BATCH_TOKENS, max(1, int(tokens_a_second * latency / 3)))
-    return Batching(backend.together, tokens, sort, latency, tokens_a_second)
+    return Batching(backend.together, tokens, sort, backend.workers, latency, tokens_a_second)
 
 
 def least_seconds(settings: Any) -> float:

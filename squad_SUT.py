@@ -148,14 +148,15 @@ class SquadSUT:
 class Batching:
     """How waiting samples become batches."""
 
-    def __init__(self, together: str, max_tokens: int, sort: bool, latency: float = math.inf,
+    def __init__(self, together: str, max_tokens: int, sort: bool, workers: int = 1, latency: float = math.inf,
                  tokens_a_second: float = math.inf) -> None:
         """The samples that a backend wants `together`, and at most `max_tokens` tokens (but one sample at least) a batch.
 
-        `sort`: longest first, not in turn. A sample that cannot be answered within `latency` seconds any more, at
+        `sort`: longest first, not in turn. Of `workers` each gets its part of what waits, so that none is idle while
+        another has a large batch. A sample that cannot be answered within `latency` seconds any more, at
         `tokens_a_second`, gives way to those that can.
         """
-        self.together, self.max_tokens, self.sort = together, max_tokens, sort
+        self.together, self.max_tokens, self.sort, self.workers = together, max_tokens, sort, workers
         self.latency, self.tokens_a_second = latency, tokens_a_second
 
     def is_late(self, waited: float, length: int) -> bool:
@@ -164,11 +165,19 @@ class Batching:
 
     def take(self, waiting: deque[Waiting], lengths: np.ndarray | dict[int, int]) -> list[Waiting]:
         """Remove the next batch from `waiting` and return it. `lengths` are the tokens of each sample of the library."""
+        most = self.max_tokens
+        if self.workers > 1:
+            tokens = 0
+            for sample in waiting:
+                tokens += lengths[sample.row]
+                if tokens >= self.workers * most:
+                    break
+            most = min(most, tokens // self.workers)
         samples = [waiting.popleft()]
         first = tokens = lengths[samples[0].row]
         while waiting and self.together != "one":
             length = lengths[waiting[0].row]
-            if tokens + length > self.max_tokens or (self.together == "equal" and length != first):
+            if tokens + length > most or (self.together == "equal" and length != first):
                 break
             tokens += length
             samples.append(waiting.popleft())

@@ -67,21 +67,22 @@ PASSES = ("arithmetic_optimization", "common_subgraph_elimination", "dependency_
 class TensorFlowBackend:
     """BERT in TensorFlow, on a GPU where there is one that USE_GPU allows, else on the CPU."""
 
-    workers = 1
     vocab_size = sys.maxsize  # the file does not say; an unknown token fails in `predict`
 
     def __init__(self, args: argparse.Namespace) -> None:
         """`args` are run.py's. Raises UserError where the model cannot be used."""
         self.path = path = config.env("ML_MODEL_FILE_WITH_PATH", config.TF_MODEL)
-        threads = config.env_threads("MLC_MAX_NUM_THREADS")
+        gpu = config.use_gpu() and bool(tf.config.list_physical_devices("GPU"))
+        intra, inter = (config.env_threads(f"TF_{name}_OP_PARALLELISM_THREADS") for name in ("INTRA", "INTER"))
+        side_by_side = config.side_by_side(args) and not gpu and not intra
+        self.workers = config.threads() if side_by_side else 1
         settings = tf.compat.v1.ConfigProto(
-            intra_op_parallelism_threads=config.env_threads("TF_INTRA_OP_PARALLELISM_THREADS") or threads or 0,
-            inter_op_parallelism_threads=config.env_threads("TF_INTER_OP_PARALLELISM_THREADS") or 1)
+            intra_op_parallelism_threads=1 if side_by_side else intra or config.env_threads("MLC_MAX_NUM_THREADS") or 0,
+            inter_op_parallelism_threads=inter or self.workers)
         for name in PASSES:
             setattr(settings.graph_options.rewrite_options, name, RewriterConfig.OFF)
         settings.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT
         settings.graph_options.rewrite_options.meta_optimizer_iterations = RewriterConfig.ONE
-        gpu = config.use_gpu() and bool(tf.config.list_physical_devices("GPU"))
         if not gpu:
             settings.device_count["GPU"] = 0
         graph = read_graph(path)

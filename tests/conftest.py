@@ -23,6 +23,7 @@ LIMIT_S = 300
 
 sys.path.insert(0, str(ROOT))
 from config import UserError
+from run import parse_args
 
 
 @pytest.fixture
@@ -90,8 +91,8 @@ def predict(backend, batch):
 
 
 def arguments(**changes):
-    """The arguments of run.py that a backend looks at."""
-    return SimpleNamespace(**{"scenario": "Offline", "profile": False, "dtype": "fp32", "reference": False, **changes})
+    """run.py's arguments, those of no flag but `changes`."""
+    return SimpleNamespace(**{**vars(parse_args([])), **changes})
 
 
 @contextlib.contextmanager

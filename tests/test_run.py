@@ -74,6 +74,9 @@ def test_a_samples_response_is_the_same_bytes_in_every_scenario(run, tmp_path, m
                      LOG_PATH=scenario, ML_MODEL_FILE_WITH_PATH=model_of(backend, dtype))
         assert result.returncode == 0, result.stderr
         figures.add(result.stdout.splitlines()[-1])
+        together = scenario != "Offline" or backend == "openvino"
+        workers = json.loads((tmp_path / scenario / "record.json").read_text())["workers"]
+        assert together or workers == len(os.sched_getaffinity(0))  # a batch on each core
         logs.append({row: response.tobytes() for row, response in responses(tmp_path / scenario).items()})
     assert {row: len(response) for row, response in logs[0].items()} == \
         {row: 8 * length for row, length in enumerate(demo_features.lengths)}

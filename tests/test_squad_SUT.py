@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from squad_SUT import Batching, SquadSUT, Waiting, Worker
 
 
-def batches(together, max_tokens, lengths):
+def batches(together, max_tokens, lengths, workers=1):
     """The samples 0, 1, … of these lengths in batches, each a list of sample indices."""
-    batching = Batching(together, max_tokens, sort=False)
+    batching = Batching(together, max_tokens, sort=False, workers=workers)
     waiting = deque(Waiting(row, None, 0) for row in range(len(lengths)))
     result = []
     while waiting:
@@ -110,9 +110,16 @@ def test_a_batch_takes_what_the_backend_wants_together_up_to_its_tokens(together
     assert batches(together, max_tokens, [30, 30, 40, 50, 50, 384, 30]) == expected
 
 
-@given(st.sampled_from(["any", "equal", "one"]), st.integers(1, 2000), st.lists(st.integers(1, 384), max_size=50))
-def test_every_sample_is_in_one_batch_in_its_turn_and_no_batch_is_too_large(together, max_tokens, lengths):
-    result = batches(together, max_tokens, lengths)
+def test_the_last_samples_are_shared_by_the_workers():
+    """Each takes its part of the tokens that wait: no worker is idle while another has a large batch."""
+    assert list(map(len, batches("any", 1000, [100] * 40, workers=2))) == [10, 10, 10, 5, 2, 1, 1, 1]
+    assert list(map(len, batches("any", 10**6, [100] * 9, workers=4))) == [2, 1, 1, 1, 1, 1, 1, 1]
+
+
+@given(st.sampled_from(["any", "equal", "one"]), st.integers(1, 2000), st.lists(st.integers(1, 384), max_size=50),
+       st.integers(1, 4))
+def test_every_sample_is_in_one_batch_in_its_turn_and_no_batch_is_too_large(together, max_tokens, lengths, workers):
+    result = batches(together, max_tokens, lengths, workers)
     assert [row for batch in result for row in batch] == list(range(len(lengths)))
     for batch in result:
         assert len(batch) == 1 or sum(lengths[row] for row in batch) <= max_tokens
