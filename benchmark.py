@@ -177,7 +177,7 @@ class Run:
     def receive(self, scenario: str) -> Any:
         try:
             error, result = self.pipes[scenario].recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise UserError(f"{self.name}: its process died (out of memory?); give fewer --runs") from None
         if error:
             raise UserError(error)
@@ -185,7 +185,8 @@ class Run:
 
     def ask(self, scenario: str, rows: np.ndarray) -> list[float]:
         """The seconds of each query. Raises UserError where a sample has not the bytes that it had before."""
-        self.pipes[scenario].send(rows)
+        with contextlib.suppress(BrokenPipeError):  # `receive` says so
+            self.pipes[scenario].send(rows)
         took: list[float]
         took, logits, memory = self.receive(scenario)
         for row, array in logits.items():

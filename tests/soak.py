@@ -1,6 +1,7 @@
 """Soak: a long Server run and its memory, minute by minute. No test of `make test`.
 
     python3 tests/soak.py --target_qps 14 --backend=pytorch
+    python3 tests/soak.py --target_qps 10 --backend=ray --kill     an actor of Ray is killed midway
 
 Further flags go to run.py; data set, vocabulary and model are those of the environment's variables, as there. LoadGen
 ends only when every query is answered, so a lost one is a run that does not end: status 1, as where the result is not
@@ -8,7 +9,9 @@ VALID or the memory grew by 2 % or more after the first minute.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,20 +26,36 @@ GROWTH = 0.02  # of the memory after the first minute
 LATE_S = 120  # beyond its minutes, a run has lost a query
 
 
-def memory(pid: int) -> int:
-    """The bytes that a process and its children hold in memory, 0 where it has ended."""
+def family(pid: int) -> list[int]:
+    """A process, its children, theirs and so on; empty where it has ended."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
-    return own + sum(memory(int(child)) for child in children)
+        children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
+def memory(pid: int) -> int:
+    """The bytes that a process and its family hold in memory, 0 where it has ended."""
+    total = 0
+    for member in family(pid):
+        with contextlib.suppress(OSError, IndexError):
+            total += int(Path(f"/proc/{member}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return total
+
+
+def kill_actor(pid: int) -> None:
+    """Kill one of the actors of Ray in the family of `pid`."""
+    actor = next(member for member in family(pid) if Path(f"/proc/{member}/cmdline").read_bytes().startswith(b"ray::Actor"))
+    os.kill(actor, signal.SIGKILL)
+    print(f"killed the actor {actor}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="how long (default: %(default)s)")
     parser.add_argument("--target_qps", type=float, required=True, help="samples/s, such as 80 %% of what --find_peak finds")
+    parser.add_argument("--kill", action="store_true", help="with --backend=ray: kill an actor midway")
     args, further = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         conf = os.path.join(folder, "user.conf")
@@ -50,8 +69,12 @@ def main():
             if " running " in line:
                 break
         held = []
-        end = time.monotonic() + args.minutes * 60 + LATE_S
+        start = time.monotonic()
+        end = start + args.minutes * 60 + LATE_S
         while process.poll() is None:
+            if args.kill and time.monotonic() > start + args.minutes * 30:
+                kill_actor(process.pid)
+                args.kill = False
             time.sleep(min(60, args.minutes * 60 / 10))
             if time.monotonic() > end:
                 process.kill()
