@@ -19,7 +19,7 @@ from squad_QSL import Batch
 INPUTS = ("input_ids:0", "input_mask:0", "segment_ids:0")  # int32 (batch, length)
 LOGITS = "logits:0"  # float32 (batch, length, 2)
 # Bytes from which on a constant becomes a variable. On its way into a session TensorFlow copies each constant some eight
-# times: BERT-Large's took 11.4 GB and 53 s to the first answer, as variables 3.2 GB and 13 s, for 3 to 7 % of its speed.
+# times: BERT-Large's took 11.4 GB and 53 s to the first answer, as variables 3.3 GB and 16 s, at the same speed.
 LARGE = 2**16
 
 

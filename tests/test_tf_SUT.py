@@ -6,6 +6,7 @@ from conftest import arguments, predict, random_batch, random_bert, refused, sam
 
 tf = pytest.importorskip("tensorflow")
 
+import tf_SUT
 from pytorch_SUT import PyTorchBackend
 from tf_freeze_bert import build_graph, write_graph
 from tf_SUT import TensorFlowBackend
@@ -22,7 +23,11 @@ def load(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model.pb", "published.pb"])
-def test_both_forms_of_graph_give_pytorchs_logits(load, tiny, name):
+@pytest.mark.parametrize("large, variables", [(2**40, 0), (4096, 10)])
+def test_both_forms_of_graph_give_pytorchs_logits(load, tiny, monkeypatch, name, large, variables):
+    """Whether the weights are constants or variables: in each of two layers four kernels, and two of the embeddings."""
+    monkeypatch.setattr(tf_SUT, "LARGE", large)
+    assert len(tf_SUT.read_graph(str(tiny.folder / name))[1]) == variables
     batch = random_batch(384, 7, 150, 150)
     expected = predict(load(tiny.folder / "model", PyTorchBackend), batch)
     logits = predict(load(tiny.folder / name), batch)
@@ -72,6 +77,16 @@ def test_a_file_that_is_no_graph_is_named(load, tiny, tmp_path):
         load(tmp_path / "nowhere.pb")
     with refused(str(tmp_path), "directory"):
         load(tmp_path)
+
+
+def test_a_weight_of_too_few_bytes_is_named(load, tiny, tmp_path):
+    definition = tf.compat.v1.GraphDef.FromString((tiny.folder / "model.pb").read_bytes())
+    values = (node.attr["value"].tensor for node in definition.node if node.op == "Const")
+    largest = max(values, key=lambda tensor: len(tensor.tensor_content))
+    largest.tensor_content = largest.tensor_content[:-4]
+    write_graph(str(tmp_path / "bad.pb"), definition)
+    with refused("bad.pb", "fetch it anew"):
+        load(tmp_path / "bad.pb")
 
 
 def test_a_token_that_the_graph_does_not_know_is_named(load, tiny):
