@@ -260,6 +260,19 @@ def test_a_log_is_read_in_any_type_and_order(tmp_path, dtype, transposed):
     assert logits.start[0, :4].tolist() == [1, 3, -5, -10000] and logits.end[0, :4].tolist() == [2, 4, 6, -10000]
 
 
+def test_of_several_responses_the_last_counts_and_a_notice_tells_of_those_that_differ(tmp_path, capsys):
+    path = tmp_path / "log.json"
+    log_of(tmp_path, {3: [(1, 2)], 5: [(3, 4)]})
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([*entries, entries[0]]))
+    assert read_log(str(path), 8).start[:, 0].tolist() == [1, 3]
+    assert not capsys.readouterr().err
+    changed = {**entries[1], "data": np.float32([7, 8]).tobytes().hex()}
+    path.write_text(json.dumps([*entries, changed]))
+    assert read_log(str(path), 8).start[:, 0].tolist() == [1, 7]
+    assert "1 samples have several responses that differ, sample 5 for one; the last one counts" in capsys.readouterr().err
+
+
 def test_a_log_of_some_features_scores_the_questions_it_holds(tmp_path, script):
     """And --max_examples means the first so many features, also of a longer log."""
     squad = read_squad(script.demo_dataset)
