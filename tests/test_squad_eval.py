@@ -152,6 +152,17 @@ def test_a_position_that_the_response_leaves_out_counts_minus_10000(tmp_path):
     assert answers_from_log(squad, features, VOCAB, logits) == {"q0": "gamma"}
 
 
+@pytest.mark.parametrize("left_out, told", [(0, False), (1, False), (2, True), (3, True)])
+def test_a_response_that_ends_before_the_passage_does_is_told(tmp_path, capsys, left_out, told):
+    """The last token is [SEP], which is in no answer."""
+    squad = squad_of("alpha beta gamma")
+    features = make_features(squad, VOCAB)
+    response = pairs(features, 0)[:features.lengths[0] - left_out]
+    answers_from_log(squad, features, VOCAB, read_log(log_of(tmp_path, {0: response}), 1))
+    message = capsys.readouterr().err
+    assert ("1 of 1 samples, sample 0 for one, end before" in message) == told
+
+
 def test_a_window_without_a_valid_span_answers_nothing(tmp_path):
     passage = " ".join(["alpha"] * 60)
     starts = {position: 5 for position in range(40, 60)}
