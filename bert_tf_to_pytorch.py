@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +27,7 @@ from bert_pytorch_to_onnx import build_model, write_model
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from pytorch_SUT import read_config
-from run import BACKENDS
+from run import BACKENDS, parse_args
 from squad_QSL import Batch
 from tf_checkpoint import read_checkpoint
 
@@ -61,8 +60,7 @@ def answers(backend: str, model: str, sizes: dict[str, Any]) -> list[np.ndarray]
     """The logits of `random_batches` from a backend of run.py on the file `model`: [float32 (tokens, 2)]."""
     module, name, _ = BACKENDS[backend]
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
-    loaded = getattr(importlib.import_module(module), name)(
-        SimpleNamespace(scenario="Offline", profile=False, dtype="fp32", reference=False))
+    loaded = getattr(importlib.import_module(module), name)(parse_args([f"--backend={backend}"]))
     return [loaded.predict(batch) for batch in random_batches(sizes)]
 
 

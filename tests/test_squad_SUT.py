@@ -114,6 +114,7 @@ def test_the_last_samples_are_shared_by_the_workers():
     """Each takes its part of the tokens that wait: no worker is idle while another has a large batch."""
     assert list(map(len, batches("any", 1000, [100] * 40, workers=2))) == [10, 10, 10, 5, 2, 1, 1, 1]
     assert list(map(len, batches("any", 10**6, [100] * 9, workers=4))) == [2, 1, 1, 1, 1, 1, 1, 1]
+    assert batches("any", 1000, [50, 50, 99], workers=2) == [[0], [1], [2]]  # no more than half of 199 tokens
 
 
 @given(st.sampled_from(["any", "equal", "one"]), st.integers(1, 2000), st.lists(st.integers(1, 384), max_size=50),
