@@ -45,7 +45,7 @@ cooling = "air"
 CONF = """
 *.*.min_duration = 300
 *.*.min_query_count = 64
-*.Offline.target_qps = 300
+*.Offline.target_qps = 2000
 *.SingleStream.target_latency = 5
 """
 RESULTS = "open/Someone/results/demo-machine/bert-99"
