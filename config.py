@@ -87,16 +87,22 @@ def env_threads(name: str) -> int | None:
     return threads
 
 
+def cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads() -> int:
     """How many threads a backend may use: MLC_MAX_NUM_THREADS, else one for each core. Raises UserError."""
-    return env_threads("MLC_MAX_NUM_THREADS") or len(os.sched_getaffinity(0))
+    return env_threads("MLC_MAX_NUM_THREADS") or cores()
 
 
 def side_by_side(args: argparse.Namespace) -> bool:
     """Whether a backend on a CPU is to run a batch on each of its threads at once; `args` are run.py's.
 
     In Offline, which has batches enough. Threads that need not wait for one another lose less to whatever else the
-    machine does: in Offline int8 gained 5 % in PyTorch and up to 50 % in ONNX Runtime, fp32 10 % there and in TensorFlow.
+    machine does: int8 gained 5 % in PyTorch and, in ONNX Runtime, nothing in a quiet minute and 50 % in a noisy one;
+    fp32 gained 10 % there and in TensorFlow.
     A server and an actor of Ray get one batch after another, of any scenario.
     """
     return args.scenario == "Offline" and not args.reference and not args.network and not args.backend.startswith("ray")

@@ -73,7 +73,7 @@ def describe(args: argparse.Namespace, backend: Backend, batch_tokens: int) -> d
         "vocab": os.path.abspath(vocab_file),
         "variables": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": config.cores(),
         "gpu": gpu(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
