@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import deque
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squad_SUT import Batching, SquadSUT, Waiting, Worker
+from squad_SUT import LOOK_AHEAD, Batching, SquadSUT, Waiting, Worker
 
 
 def batches(together, max_tokens, lengths, workers=1):
@@ -88,6 +89,42 @@ def test_a_sample_that_cannot_be_answered_in_time_gives_way_to_those_that_can_an
     assert order(batching, [[10], [20, 21], [30, 31]], wait=0.5)[0] == [[10], [30], [31], [20, 21]]
     batching = Batching("one", 50, sort=False, latency=0.5, tokens_a_second=100)
     assert order(batching, [[1], [90, 10, 80], [20]])[0] == [[1], [10], [20], [90], [80]]
+
+
+def in_time(samples, workers, latency, now=100):
+    """Whether one token a second and worker, in turn, answers these samples of (row, tokens, arrived) in time."""
+    begun = 0
+    for _, tokens, arrived in samples:
+        if now + begun / workers + tokens > arrived + latency:
+            return False
+        begun += tokens
+    return True
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(80, 100)), max_size=7), st.integers(1, 4))
+def test_the_fewest_samples_give_way_for_all_others_to_be_in_time(tokens_arrived, workers):
+    samples = [(row, *one) for row, one in enumerate(sorted(tokens_arrived, key=lambda one: one[1]))]
+    waiting = deque(Waiting(row, None, arrived) for row, _, arrived in samples)
+    lengths = {row: tokens for row, tokens, _ in samples}
+    late = Batching("any", 1, False, workers, latency=25, tokens_a_second=1).give_way(waiting, 100, lengths)
+    kept = [sample.row for sample in waiting]
+    assert sorted(kept) == kept and sorted(kept + [sample.row for sample in late]) == list(range(len(samples)))
+    assert in_time([samples[row] for row in kept], workers, 25)
+    if workers == 1:  # for more of them the rule is a good one, not the best
+        assert not any(in_time(others, 1, 25) for others in combinations(samples, len(kept) + 1))
+
+
+@pytest.mark.parametrize("workers, latency, lengths, late", [
+    (1, 100, [90, 10, 1], [0]),
+    (2, 15, [10, 10], []),
+    (4, 11, [10] + 30 * [1] + [9], [0, 31]),
+    (1, 100, 70 * [101], list(range(LOOK_AHEAD))),
+])
+def test_the_longest_give_way_of_those_that_are_looked_at(workers, latency, lengths, late):
+    waiting = deque(Waiting(row, None, 0) for row in range(len(lengths)))
+    batching = Batching("any", 1, False, workers, latency, tokens_a_second=1)
+    assert [sample.row for sample in batching.give_way(waiting, 0, dict(enumerate(lengths)))] == late
+    assert [sample.row for sample in waiting] == sorted(set(range(len(lengths))) - set(late))
 
 
 def test_a_worker_passes_on_what_a_call_raises_and_goes_on():
