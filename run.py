@@ -127,8 +127,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--reference", action="store_true",
                        help="what the MLPerf reference does: the plain model, one sample at a time, padded to 384")
     group.add_argument("--batch_tokens", type=config.count, metavar="N",
-                       help=f"tokens a batch at most (default: {BATCH_TOKENS}; Server: a sample where batches run side "
-                            "by side, else what a third of the target latency allows)")
+                       help=f"tokens a batch at most (default: {BATCH_TOKENS}; Server: one sample where each core runs "
+                            "its own, else what a third of the target latency allows)")
     group.add_argument("--profile", action="store_true", help="write onnxruntime's profile")
 
     group = parser.add_argument_group("LoadGen's settings")
@@ -315,8 +315,8 @@ def form_batches(args: argparse.Namespace, settings: Any, backend: Backend, qsl:
         backend.workers //= 2
         taken = min(seconds(), seconds())
     tokens_a_second = batch.lengths.sum() / taken
-    tokens = 1 if backend.workers > 1 else min(BATCH_TOKENS, max(1, int(tokens_a_second * latency / 3)))
-    tokens = args.batch_tokens or tokens
+    one_each = hasattr(backend, "threads") and backend.workers > 1
+    tokens = args.batch_tokens or (1 if one_each else min(BATCH_TOKENS, max(1, int(tokens_a_second * latency / 3))))
     return Batching(backend.together, tokens, sort, backend.workers, latency, tokens_a_second)
 
 

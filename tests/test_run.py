@@ -216,6 +216,15 @@ def test_server_runs_so_many_batches_at_once_that_the_longest_sample_takes_half_
     assert batching.max_tokens == (1 if workers > 1 else int(batching.tokens_a_second * target_ms / 3000))
 
 
+def test_servers_batches_for_other_machines_take_a_third_of_the_latency():
+    """Several are on their way at once, but each runs on all of a machine."""
+    backend = SimpleNamespace(workers=4, together="any", predict=lambda batch: time.sleep(0.01))
+    qsl = SimpleNamespace(longest_batch=lambda count: SimpleNamespace(lengths=np.array([384])))
+    batching = form_batches(parse_args(["--scenario=Server"]), SimpleNamespace(server_target_latency_ns=1e8), backend, qsl)
+    assert batching.workers == backend.workers == 4
+    assert batching.max_tokens == int(batching.tokens_a_second / 30) > 384
+
+
 # A backend whose predict does as the test says, in place of one of run.py's.
 FAULTY = f"""
 import sys, time
