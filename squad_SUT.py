@@ -183,8 +183,12 @@ class Batching:
         return late
 
     def seconds(self, tokens: float, length: int) -> float:
-        """How long a sample of `length` tokens takes from now on, with those before it `tokens` tokens."""
-        return ((tokens - length) / self.workers + length) / self.tokens_a_second
+        """How long a sample of `length` tokens takes from now on, with those before it `tokens` tokens.
+
+        Those before it count where a batch is one sample; a GPU takes far less for a batch than for its samples alone.
+        """
+        before = (tokens - length) / self.workers if self.max_tokens == 1 else 0
+        return (before + length) / self.tokens_a_second
 
     def take(self, waiting: deque[Waiting], lengths: np.ndarray | dict[int, int]) -> list[Waiting]:
         """Remove the next batch from `waiting` and return it. `lengths` are the tokens of each sample of the library."""

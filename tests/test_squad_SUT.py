@@ -127,6 +127,13 @@ def test_the_longest_give_way_of_those_that_are_looked_at(workers, latency, leng
     assert [sample.row for sample in waiting] == sorted(set(range(len(lengths))) - set(late))
 
 
+def test_none_gives_way_for_what_runs_in_its_batch():
+    waiting = deque(Waiting(row, None, 0) for row in range(3))
+    batching = Batching("any", 500, False, latency=100, tokens_a_second=1)
+    assert not batching.give_way(waiting, 0, {0: 90, 1: 90, 2: 90}) and len(waiting) == 3
+    assert [sample.row for sample in batching.give_way(waiting, 0, {0: 90, 1: 101, 2: 90})] == [1]
+
+
 def test_a_worker_passes_on_what_a_call_raises_and_goes_on():
     worker = Worker()
     failed = worker.start(lambda: 1 / 0)
