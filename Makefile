@@ -1,4 +1,4 @@
-# The project's commands. `make help` lists them.
+# The project's commands. `make` lists them.
 
 BACKEND ?= pytorch
 SCENARIO ?= Offline
@@ -12,7 +12,7 @@ DEMO = ML_MODEL_FILE_WITH_PATH=$(DEMO_MODEL) VOCAB_FILE=demo/model/vocab.txt DAT
 DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 IMAGE = mlperf-bert:$(if $(filter cpu gpu,$(DEVICE)),$(DEVICE),$(error DEVICE=$(DEVICE): give gpu or cpu))
 
-# What a target needs installed, requirements/$(1).txt in .venv; with another PYTHON, as in the Docker image, nothing.
+# The packages that a target needs: requirements/$(1).txt in .venv; none with another PYTHON, as in the Docker image.
 packages = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.$(1))
 
 .PHONY: help
@@ -20,8 +20,8 @@ help: ## list the commands
 	@sed -n 's/^\([a-z_%]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 30
 
 .PHONY: setup
-setup: $(call packages,setup) ## fetch data set and BERT-Large into build/data; all, or with BACKEND=pytorch what it needs
-	$(PYTHON) download.py $(if $(filter file,$(origin BACKEND)),,--backend=$(BACKEND))
+setup: $(call packages,setup) ## download the data set and BERT-Large into build/data; with BACKEND=… only what it needs
+	$(PYTHON) -m tools.download $(if $(filter file,$(origin BACKEND)),,--backend=$(BACKEND))
 
 .PHONY: demo
 demo: venv $(DEMO_MODEL) ## run the embedded tiny BERT on its tiny data set: accuracy, then speed
@@ -29,68 +29,87 @@ demo: venv $(DEMO_MODEL) ## run the embedded tiny BERT on its tiny data set: acc
 	$(DEMO) --quick
 
 build/demo/model.ckpt.index: demo/model/model.safetensors | $(call packages,convert)
-	$(PYTHON) bert_pytorch_to_tf.py --model demo/model --tf_checkpoint build/demo/model.ckpt
+	$(PYTHON) -m convert.pytorch_to_tf --model demo/model --tf_checkpoint build/demo/model.ckpt
 
 build/demo/model.pb: build/demo/model.ckpt.index
-	$(PYTHON) tf_freeze_bert.py --tf_checkpoint build/demo/model.ckpt --bert_config build/demo/bert_config.json --out $@
+	$(PYTHON) -m convert.freeze_tf --tf_checkpoint build/demo/model.ckpt --bert_config build/demo/bert_config.json --out $@
 
 build/demo/model.onnx: build/demo/model.ckpt.index
 	$(PYTHON) bert_tf_to_pytorch.py --tf_checkpoint build/demo/model.ckpt --bert_config build/demo/bert_config.json \
 		--pytorch_out build/demo/model.pytorch --onnx_out $@
 
 .PHONY: convert
-convert: $(call packages,convert) ## BERT-Large's TensorFlow checkpoint -> model.pb, model.pytorch, model.onnx and, calibrated, int8
-	$(PYTHON) tf_freeze_bert.py
+convert: $(call packages,convert) ## convert BERT-Large's TensorFlow checkpoint to model.pb, model.pytorch, model.onnx and int8
+	$(PYTHON) -m convert.freeze_tf
 	$(PYTHON) bert_tf_to_pytorch.py
-	$(PYTHON) quantize_bert.py --calibration $(CALIBRATION)
+	$(PYTHON) -m convert.quantize_onnx --calibration $(CALIBRATION)
 
 .PHONY: test
 test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy *.py
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy .
+	$(PYTHON) -m pytest -q -n 2 --dist loadgroup
+
+.PHONY: format
+format: $(call packages,test) ## format the code
+	$(PYTHON) -m ruff format .
 
 .PHONY: coverage
-coverage: $(call packages,test) ## the same tests, and which lines and branches of the scripts they pass through
+coverage: $(call packages,test) ## run the tests and list the lines and branches of the scripts that they miss
 	mkdir -p build/coverage
-	$(PYTHON) -m coverage run -m pytest -q tests
+	$(PYTHON) -m coverage run -m pytest -q
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report
 
 .PHONY: venv
-venv: $(call packages,$(BACKEND)) ## make or extend .venv with what BACKEND needs
+venv: $(call packages,$(BACKEND)) ## create or extend .venv with what BACKEND needs
 
 .venv/.%: requirements/%.txt requirements/base.txt
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/pip install --disable-pip-version-check --quiet -r $<
 	touch $@
 
-run_%_performance: ## the performance run of a backend: run_pytorch_performance; SCENARIO=Server and so on
+run_%_performance: ## run a backend in performance mode: run_pytorch_performance; SCENARIO=Server and so on
 	$(PYTHON) run.py --backend=$* --scenario=$(SCENARIO)
 
-run_onnxruntime_quantized_performance: ## the same of the int8 model
+run_onnxruntime_quantized_performance: ## the same with the int8 model
 	$(PYTHON) run.py --backend=onnxruntime --quantized --scenario=$(SCENARIO)
 
 run_onnxruntime_quantized_accuracy:
 	$(PYTHON) run.py --backend=onnxruntime --quantized --scenario=$(SCENARIO) --accuracy
 
-run_%_accuracy: ## the accuracy run of a backend, scored
+run_%_accuracy: ## run a backend in accuracy mode, then score
 	$(PYTHON) run.py --backend=$* --scenario=$(SCENARIO) --accuracy
 
+LOGS ?= build/logs
+
+.PHONY: report
+report: $(call packages,report) ## write report.html on the log folders LOGS (default: build/logs)
+	$(PYTHON) -m tools.report $(LOGS)
+
+.PHONY: benchmark
+benchmark: $(call packages,benchmark) ## measure backends and dtypes against the baseline; ARGS="--quick"
+	$(PYTHON) -m tools.benchmark $(ARGS)
+
+.PHONY: soak
+soak: $(call packages,$(BACKEND)) ## watch the memory of a long Server run; ARGS="--target_qps 14"
+	$(PYTHON) -m tools.soak --backend=$(BACKEND) $(ARGS)
+
+PLAN ?= tools/submission/plan.toml
+
+.PHONY: submission
+submission: ## make the runs that the plan PLAN still lacks, then write build/submission
+	$(PYTHON) -m tools.submission $(PLAN)
+
 .PHONY: build_docker
-build_docker: ## build the image; DEVICE=gpu or cpu (default: gpu where nvidia-smi answers), DOCKER_BUILD_ARGS
+build_docker: ## build the image; DEVICE=gpu or cpu (default: gpu if nvidia-smi succeeds), DOCKER_BUILD_ARGS
 	docker build --build-arg DEVICE=$(DEVICE) $(DOCKER_BUILD_ARGS) --tag $(IMAGE) .
 
 .PHONY: launch_docker
-launch_docker: ## a shell in the image, this folder at /workspace; DEVICE as above, DOCKER_ARGS
+launch_docker: ## start a shell in the image, with this folder at /workspace; DEVICE as above, DOCKER_ARGS
 	docker run --interactive --tty --rm --volume "$(CURDIR):/workspace" --user "$$(id -u):$$(id -g)" --shm-size=8g \
 		--ulimit memlock=-1 --ulimit stack=67108864 $(if $(filter gpu,$(DEVICE)),--gpus=all) $(DOCKER_ARGS) $(IMAGE)
-
-PLAN ?= submission.toml
-
-.PHONY: submission
-submission: ## run what the plan PLAN=submission.toml lacks, then write build/submission
-	$(PYTHON) submission.py $(PLAN)
 
 .PHONY: clean
 clean: ## remove what runs and tests wrote; keeps build/data and .venv

@@ -1,6 +1,6 @@
-"""Score LoadGen's accuracy log of a SQuAD run: prints {"exact_match": X, "f1": Y} on standard output.
+"""Score LoadGen's accuracy log of a SQuAD run and print {"exact_match": X, "f1": Y}.
 
-    python3 accuracy-squad.py --val_data dev-v1.1.json --vocab_file vocab.txt --log_file mlperf_log_accuracy.json
+python3 accuracy-squad.py --val_data dev-v1.1.json --vocab_file vocab.txt --log_file mlperf_log_accuracy.json
 """
 
 import argparse
@@ -9,35 +9,32 @@ import os
 
 import config
 from create_squad_data import load_features, read_vocab
+from loadgen_logs import ACCURACY_LOG
 from squad_eval import DTYPES, read_log, save_answers, score_log
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--val_data", default=config.env("DATASET_FILE", config.DATASET), help="SQuAD v1.1 JSON file (default: %(default)s)")
-    parser.add_argument("--vocab_file", default=config.env("VOCAB_FILE", config.VOCAB), help="BERT's vocab.txt (default: %(default)s)")
-    parser.add_argument("--log_file", default=os.path.join(config.env("LOG_PATH", config.LOG_DIR), config.ACCURACY_LOG),
-                        help="LoadGen's accuracy log (default: %(default)s)")
-    parser.add_argument("--out_file", default=config.PREDICTIONS,
-                        help="written: {question id: answer} (default: %(default)s)")
-    parser.add_argument("--features_cache_file",
-                        help="where the data set's features are kept (default: a file under build/cache)")
-    parser.add_argument("--output_dtype", default="float32", choices=DTYPES,
-                        help="type of the logged responses (default: %(default)s)")
-    parser.add_argument("--output_transposed", action="store_true",
-                        help="a response holds all start logits, then all end logits, instead of pairs")
-    parser.add_argument("--max_examples", type=config.count, help="score the first so many features only")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
+    """Score the log, save the answers and print the scores."""
+    dataset, vocab_file = config.dataset_files()
+    log = os.path.join(config.env("LOG_PATH", config.LOG_DIR), ACCURACY_LOG)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--val_data", default=dataset, help="SQuAD v1.1 JSON file (default: %(default)s)")
+    add("--vocab_file", default=vocab_file, help="BERT's vocab.txt (default: %(default)s)")
+    add("--log_file", default=log, help="LoadGen's accuracy log (default: %(default)s)")
+    add("--out_file", default=config.PREDICTIONS, help="output: {question id: answer} (default: %(default)s)")
+    add("--features_cache_file", help="cache of the data set's features (default: a file under build/cache)")
+    add("--output_dtype", default="float32", choices=DTYPES, help="type of the responses (default: %(default)s)")
+    add("--output_transposed", action="store_true", help="a response holds all start logits, then all end logits")
+    add("--max_examples", type=config.positive_int, help="score only this many features, the first ones")
+    args = parser.parse_args()
+
     squad, features = load_features(args.val_data, args.vocab_file, args.features_cache_file)
     logits = read_log(args.log_file, len(features), args.output_dtype, args.output_transposed, args.max_examples)
-    figures, answers = score_log(squad, features, read_vocab(args.vocab_file), logits)
+    scores, answers = score_log(squad, features, read_vocab(args.vocab_file), logits)
     save_answers(args.out_file, answers)
-    print(json.dumps(figures))
+    print(json.dumps(scores))
 
 
 if __name__ == "__main__":
-    config.script(main)
+    config.run_command(main)

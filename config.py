@@ -1,15 +1,20 @@
-"""Facts that several scripts share: default paths, environment variables, how a script ends.
+"""Define what several scripts share: default paths, environment variables, file helpers and how a command ends.
 
-Paths are relative to the folder a script is started in, as in the MLPerf BERT reference;
-`make` and MLCommons' automation start every script in the project's folder.
+Paths are relative to the folder that a script is started in, as in the MLPerf BERT reference; `make` and MLCommons'
+automation start every script in the project's folder.
 """
 
 import argparse
+import contextlib
+import hashlib
+import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Collection
-from typing import NoReturn
+from collections.abc import Callable, Collection, Iterator
+from typing import IO, Any, NoReturn
 
+ROOT = os.path.dirname(os.path.abspath(__file__))  # the project's folder
 BUILD_DIR = "build"
 MODEL_DIR = f"{BUILD_DIR}/data/bert_tf_v1_1_large_fp32_384_v2"  # the reference's name for all BERT-Large files
 CACHE_DIR = f"{BUILD_DIR}/cache"
@@ -20,121 +25,223 @@ TF_MODEL = f"{MODEL_DIR}/model.pb"
 PYTORCH_MODEL = f"{MODEL_DIR}/model.pytorch"
 ONNX_MODEL = f"{MODEL_DIR}/model.onnx"
 ONNX_INT8_MODEL = f"{MODEL_DIR}/bert_large_v1_1_fake_quant.onnx"
-# What an ONNX file's inputs are called, ids, mask, segments: the first as in MLPerf's fp32 file, the second as in its
-# int8 file.
-ONNX_INPUTS = ("input_ids", "input_mask", "segment_ids"), ("input_ids", "attention_mask", "token_type_ids")
 LOG_DIR = f"{BUILD_DIR}/logs"
-CALIBRATION = f"{BUILD_DIR}/data/bert_calibration_features.txt"  # one of MLPerf's two lists for int8
-ACCURACY_LOG = "mlperf_log_accuracy.json"  # LoadGen's name, inside the log folder
+CALIBRATION = f"{BUILD_DIR}/data/bert_calibration_features.txt"  # one of MLPerf's two calibration lists
 PREDICTIONS = f"{BUILD_DIR}/result/predictions.json"
-MOST_THREADS = 1024  # more than any machine has cores; with too many, PyTorch dies without a word
-BERT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bert_config.json")  # BERT-Large's sizes
+BERT_CONFIG = os.path.join(ROOT, "bert_config.json")  # BERT-Large's configuration
+
+SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
+# Names of an ONNX model's inputs (ids, mask, segments): first as in MLPerf's fp32 file, then as in its int8 file.
+ONNX_INPUTS = ("input_ids", "input_mask", "segment_ids"), ("input_ids", "attention_mask", "token_type_ids")
+MAX_THREADS = 1024  # more than any machine has cores; with far more, PyTorch crashes without an error message
+
+# Environment variables that name a run's files, and those that change how it computes. docs/running.md explains them.
+FILE_VARIABLES = ("ML_MODEL_FILE_WITH_PATH", "VOCAB_FILE", "DATASET_FILE", "CALIBRATION_FILE")
+COMPUTE_VARIABLES = (
+    "USE_GPU",
+    "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER",
+    "MLC_MAX_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "TF_INTRA_OP_PARALLELISM_THREADS",
+    "TF_INTER_OP_PARALLELISM_THREADS",
+)
+
+log = logging.getLogger("bert")
 
 
 class UserError(Exception):
-    """What a user gave cannot be used. The message is one line: which file or value, what is wrong, what to do."""
+    """Report input that cannot be used, in one line: which file or value, what is wrong, what to do."""
+
+
+def log_progress(text: str) -> None:
+    """Log what the command is doing."""
+    log.info("%s", text)
+
+
+def notice(text: str) -> None:
+    """Log something that the user should know although the command continues."""
+    log.warning("notice: %s", text)
 
 
 def env(name: str, default: str) -> str:
-    """The environment variable `name`; `default` where it is not set or empty."""
+    """Return the environment variable `name`, or `default` if it is unset or empty."""
     return os.environ.get(name) or default
 
 
-def onnx_model(dtype: str) -> str:
-    """The path of the ONNX model to run in `dtype`."""
-    return env("ML_MODEL_FILE_WITH_PATH", ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL)
+def model_path(backend: str, dtype: str) -> str:
+    """Return the path of the model that `backend` (a key of backends.BACKENDS) runs in `dtype`."""
+    onnx = ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL
+    return env("ML_MODEL_FILE_WITH_PATH", {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}.get(backend, onnx))
 
 
-def model(backend: str, dtype: str) -> str:
-    """The path of the model that `--backend=backend` runs in `dtype`."""
-    own = {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}
-    return env("ML_MODEL_FILE_WITH_PATH", own[backend]) if backend in own else onnx_model(dtype)
-
-
-def onnx_inputs(path: str, found: Collection[str]) -> tuple[str, str, str]:
-    """The one of ONNX_INPUTS that the names `found` in the file `path` are, in any order. Raises UserError."""
-    for names in ONNX_INPUTS:
-        if set(names) == set(found):
-            return names
-    raise UserError(f"{path}: the inputs are {', '.join(found)}, not {' or '.join(map(', '.join, ONNX_INPUTS))}; "
-                    "bert_tf_to_pytorch.py and quantize_bert.py make files that fit")
+def require_model_file(path: str) -> None:
+    """Raise UserError unless the model file `path` exists."""
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{path}: no such model file; `make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
+        )
 
 
 def dataset_files() -> tuple[str, str]:
-    """The paths of the data set and of the vocabulary."""
+    """Return the paths of the data set and of the vocabulary."""
     return env("DATASET_FILE", DATASET), env("VOCAB_FILE", VOCAB)
 
 
-def count(text: str) -> int:
-    """`text` as an integer above 0, for argparse. Raises argparse.ArgumentTypeError for anything else."""
+def onnx_inputs(path: str, found: Collection[str]) -> tuple[str, str, str]:
+    """Return the member of ONNX_INPUTS that the input names `found` in the file `path` match. Raises UserError."""
+    for names in ONNX_INPUTS:
+        if set(names) == set(found):
+            return names
+    expected = " or ".join(map(", ".join, ONNX_INPUTS))
+    raise UserError(f"{path}: the inputs are {', '.join(found)}, expected {expected}; `make convert` writes such files")
+
+
+def positive_int(text: str) -> int:
+    """Return `text` as an integer above 0. Raises argparse.ArgumentTypeError for anything else."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
-def env_threads(name: str) -> int | None:
-    """How many threads the environment variable `name` asks for, None where it is not set or empty.
+def thread_limit(name: str) -> int | None:
+    """Return the number of threads in the environment variable `name`, or None if it is unset or empty.
 
-    Raises UserError for anything but a number from 1 to MOST_THREADS.
+    Raises UserError for anything but a number from 1 to MAX_THREADS.
     """
     text = os.environ.get(name)
     try:
-        threads = count(text) if text else None
+        threads = positive_int(text) if text else None
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{name}: {error}; correct or unset it") from None
-    if threads and threads > MOST_THREADS:
-        raise UserError(f"{name}: {threads} threads are more than {MOST_THREADS}; give one for each core, or unset it")
+    if threads and threads > MAX_THREADS:
+        raise UserError(f"{name}: {threads} threads are more than {MAX_THREADS}; set one per core, or unset it")
     return threads
 
 
 def cores() -> int:
-    """How many of the machine's cores this process may use."""
+    """Return how many of the machine's cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads() -> int:
-    """How many threads a backend may use: MLC_MAX_NUM_THREADS, else one for each core. Raises UserError."""
-    return env_threads("MLC_MAX_NUM_THREADS") or cores()
-
-
-def side_by_side(args: argparse.Namespace) -> bool:
-    """Whether a backend on a CPU is to run a batch on each of its threads at once; `args` are run.py's.
-
-    In Offline, which has batches enough. Threads that need not wait for one another lose less to whatever else the
-    machine does: int8 gained 5 % in PyTorch and, in ONNX Runtime, nothing in a quiet minute and 50 % in a noisy one;
-    fp32 gained 10 % there and in TensorFlow.
-    A server and an actor of Ray get one batch after another, of any scenario.
-    """
-    return args.scenario == "Offline" and not args.reference and not args.network and not args.backend.startswith("ray")
+    """Return how many threads a backend may use: MLC_MAX_NUM_THREADS, or one per core. Raises UserError."""
+    return thread_limit("MLC_MAX_NUM_THREADS") or cores()
 
 
 def use_gpu() -> bool:
-    """Whether the environment allows a GPU: USE_GPU is unset or anything but 0, false, off or no."""
+    """Return whether the environment allows a GPU: USE_GPU is not 0, false, off or no."""
     return os.environ.get("USE_GPU", "").strip().lower() not in ("0", "false", "off", "no")
 
 
-def memory_fault(error: BaseException) -> str | None:
-    """One line for an `error` by which a framework says that memory ran out; None for any other."""
-    line = (str(error).splitlines() or [""])[0]
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type's name if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException | str) -> str:
+    """Return the last line of an exception's message or of a text, or the type's name if it is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def file_digest(path: str, algorithm: str = "sha256") -> str:
+    """Return the digest of a file in hexadecimal. Raises UserError if the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from None
+
+
+def read_text(path: str, what: str, remedy: str, encoding: str = "utf-8") -> str:
+    """Return the text of the file `path`, which holds `what`. Raises UserError, which ends with `remedy`."""
+    try:
+        with open(path, encoding=encoding) as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read {what} ({error.strerror}); {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {what} is not {encoding} text ({error.reason}); {remedy}") from None
+
+
+def read_json(path: str, what: str, remedy: str, encoding: str = "utf-8") -> Any:
+    """Return the content of the JSON file `path`, which holds `what`. Raises UserError, which ends with `remedy`."""
+    text = read_text(path, what, remedy, encoding)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {what} is not valid JSON ({error}); {remedy}") from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: str, remedy: str) -> Iterator[IO[bytes]]:
+    """Open a temporary file that replaces `path` when the block succeeds; make the folder if it is missing.
+
+    Raises UserError, which ends with `remedy`, if the file cannot be written.
+    """
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write it ({error.strerror or error}); {remedy}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
+def write_json(path: str, value: Any, remedy: str) -> None:
+    """Write `value` to the JSON file `path` atomically. Raises UserError, which ends with `remedy`."""
+    with atomic_write(path, remedy) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return one line for an exception by which a framework reports that memory ran out, None for any other."""
+    line = first_line(error)
     if not isinstance(error, MemoryError) and "allocat" not in line and "out of memory" not in line:
         return None
-    return f"out of memory ({line or type(error).__name__}); free some, or take a smaller model or --batch_tokens"
+    return f"out of memory ({line}); free some, or use a smaller model or fewer --batch_tokens"
 
 
-def script(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main()` as a command: a UserError becomes one line on standard error and exit status 1."""
+def command_name() -> str:
+    """Return the name under which this process's messages appear: "run.py", or "report" for `-m tools.report`."""
+    path, name = os.path.split(sys.argv[0])
+    return os.path.basename(path) if name == "__main__.py" else name
+
+
+def end_process(message: str, status: int) -> NoReturn:
+    """Write `message` to standard error and end the process at once, also if threads are inside native code."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"{command_name()}: {message}\n")
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main()` as a command: a UserError becomes one line on standard error and exit status 1.
+
+    Attaches the handler that writes progress and notices to standard error as "HH:MM:SS text".
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # TensorFlow installs a handler on the root logger, which would repeat every line
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
+        sys.exit(f"{command_name()}: error: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: the package {error.name} is not installed; "
-                 "`make venv` makes .venv, start this with .venv/bin/python")
+        hint = "`make venv` creates .venv, use .venv/bin/python"
+        sys.exit(f"{command_name()}: error: the package {error.name} is not installed; {hint}")
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
-        # 128 + SIGINT, as a shell reports it; at once, since a thread that still loads a model would abort the exit
-        os._exit(130)
+        # 128 + SIGINT, as a shell reports it; at once, because a thread that is loading a model would abort the exit
+        end_process("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
-        if fault := memory_fault(error):
-            sys.exit(f"{os.path.basename(sys.argv[0])}: error: {fault}")
+        if line := out_of_memory(error):
+            sys.exit(f"{command_name()}: error: {line}")
         raise

@@ -1,13 +1,12 @@
-"""`run.py --network=lon`: the servers of `run.py --network=sut` as one backend of the LoadGen node.
+"""Run LoadGen on the models of other machines (`run.py --network=lon`): a backend whose batches run on servers there.
 
-Everything else of a run is as it is with a backend on this machine; LoadGen only gets a QDL in place of a SUT.
+The rest of a run is the same as with a backend on this machine, but LoadGen gets a QDL instead of an SUT.
 """
 
 import http.client
 import json
 import select
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,24 +15,24 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+import config
 import network_format
+from backends import Backend, RunOptions
 from config import UserError
 from squad_QSL import Batch
 
-ANSWER_S = 3  # a server that does not say its name within this time is lost
-PATIENCE_S = 1  # after so long without a result a server is asked whether it still lives
-IDLE_S = 30  # a connection unused for so long may be cut off somewhere on the way and is not used again
-FAULTS = (OSError, http.client.HTTPException)  # a server or the way to it is broken
-DESCRIPTION = {"name": str, "instance": str, "workers": int, "backend": str, "vocab_size": int, "together": str,
-               "logits": str}  # what a server tells of itself, and what it must be
-SAME = ("backend", "vocab_size", "together", "logits")  # of a server's description: what must be equal on all
+ANSWER_S = 3  # a server that does not describe itself within this time is lost
+PATIENCE_S = 1  # after this time without a response, a server is asked whether it is alive
+IDLE_S = 30  # a connection that was unused for this time may be broken without notice and is not used again
+FAULTS = (OSError, http.client.HTTPException)  # what a broken server or connection raises
+POLICIES = {name: policy for policy, name in network_format.POLICY_NAMES.items()}
 
 
 class Node:
-    """A server: its description, how many requests it has open, and why it is given up, where it is."""
+    """Know a server: how it describes itself, how many requests are open there and, if it is lost, why."""
 
     def __init__(self, address: str) -> None:
-        """`address` is http://HOST:PORT. Raises UserError where it is not."""
+        """Parse the address, http://HOST:PORT, and connect. Raises UserError if no SUT answers."""
         self.address = address
         try:
             parts = urlsplit(address if "//" in address else f"http://{address}")
@@ -42,43 +41,53 @@ class Node:
                 raise ValueError
         except ValueError:
             raise UserError(f"--sut_server {address}: not of the form http://HOST:PORT; correct it") from None
-        self.about: dict[str, Any] = {}
-        self.open = 0
-        self.lost: str | None = None
-        self.kept = threading.local()  # .connection of this thread, .used: when
+        self.instance = ""  # another one after a restart
+        self.open_requests = 0
+        self.lost = ""
+        self.kept = threading.local()  # .connection of this thread, .used: when (time.monotonic())
+        if error := self.fault():
+            remedy = "start it with run.py --network=sut, or correct --sut_server"
+            raise UserError(f"{address}: no SUT there ({error}); {remedy}")
 
     def connect(self) -> socket.socket:
-        """A new connection, a socket, on which the server has told its description. Raises one of FAULTS."""
+        """Return a new connection, after the server has described itself on it. Raises one of FAULTS."""
         connection = socket.create_connection((self.host, self.port), ANSWER_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             self.send(connection, "/getname/", "application/json", b"")
-            about = json.loads(receive(connection)[1])
-            about = {key: kind(about[key]) for key, kind in DESCRIPTION.items()}
+            description = json.loads(receive(connection)[1])
+            self.name, self.concurrency = str(description["name"]), int(description["workers"])
+            self.model: dict[str, Any] = {
+                "backend": description["backend"],
+                "vocabulary size": int(description["vocab_size"]),
+                "batch policy": POLICIES[description["together"]],
+                "logits digest": description["logits"],
+            }
+            instance = str(description["instance"])
         except (ValueError, TypeError, KeyError):
             connection.close()
             raise ConnectionError("another service answers there") from None
-        self.about = self.about or about
-        if about["instance"] != self.about["instance"]:
-            raise ConnectionError("it was started anew")
+        self.instance = self.instance or instance
+        if instance != self.instance:
+            raise ConnectionError("it was restarted")
         return connection
 
-    def send(self, connection: socket.socket, path: str, content_type: str, body: bytes) -> None:
-        """Send a request; at one go, which http.client's own does not and which saves the server a wake-up."""
-        head = (f"POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: {content_type}\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n")
-        connection.sendall(head.encode("ascii") + body)
-
-    def fault(self) -> OSError | http.client.HTTPException | None:
-        """What is wrong with the server, one of FAULTS; None where it answers."""
+    def fault(self) -> Exception | None:
+        """Return what is wrong with the server, one of FAULTS, or None if it answers."""
         try:
             self.connect().close()
         except FAULTS as error:
             return error
         return None
 
-    def ask(self, body: bytes) -> bytes:
-        """The response to a request. Raises one of FAULTS, or UserError where the server refuses the request."""
+    def send(self, connection: socket.socket, path: str, content_type: str, body: bytes) -> None:
+        """Send a request in one piece, which saves the server a wake-up; http.client sends two."""
+        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n"
+        head += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode("ascii") + body)
+
+    def predict(self, body: bytes) -> bytes:
+        """Return the response to a request. Raises one of FAULTS, or UserError if the server refuses the request."""
         connection = getattr(self.kept, "connection", None)
         if not connection or time.monotonic() - self.kept.used > IDLE_S:
             connection = self.kept.connection = self.connect()
@@ -86,8 +95,7 @@ class Node:
         arrival = select.poll()
         arrival.register(connection, select.POLLIN)
         while not arrival.poll(1000 * PATIENCE_S):
-            if error := self.fault():
-                raise error
+            self.connect().close()
         response, content = receive(connection)
         self.kept.used = time.monotonic()
         if response.status != 200:
@@ -97,82 +105,76 @@ class Node:
 
 
 def receive(connection: socket.socket) -> tuple[http.client.HTTPResponse, bytes]:
-    """The response that comes in on a socket: (http.client.HTTPResponse, its content as bytes)."""
+    """Return the response that arrives at a socket, and its content."""
     response = http.client.HTTPResponse(connection, method="POST")
     response.begin()
     return response, response.read()
 
 
-class NetworkBackend:
-    """A backend whose batches run on servers: each on the one that has the fewest open, again where that one dies."""
+class NetworkBackend(Backend):
+    """Run each batch on the server with the fewest open requests; if that server is lost, run it on another."""
 
-    def __init__(self, addresses: list[str]) -> None:
-        """`addresses` of servers, each http://HOST:PORT. Raises UserError where one cannot be used."""
-        self.nodes = [Node(address) for address in addresses]
-        self.lock = threading.Lock()
-        for node, fault in self.faults():
-            if fault:
-                raise UserError(f"{node.address}: no SUT there ({fault}); start it with run.py --network=sut, "
-                                "or correct --sut_server")
+    def __init__(self, options: RunOptions) -> None:
+        """Connect to the servers of `options`. Raises UserError if one cannot be used or differs."""
+        self.lock = threading.Lock()  # guards what the nodes know
+        self.nodes = [Node(address) for address in options.sut_server]
         first = self.nodes[0]
-        for number, node in enumerate(self.nodes):
-            for key in SAME:
-                if node.about[key] != first.about[key]:
-                    raise UserError(f"{node.address}: its {key} is {node.about[key]}, but {first.about[key]} on "
-                                    f"{first.address}; all must run the same model on machines of the same kind")
-            if twin := [other for other in self.nodes[:number] if other.about["instance"] == node.about["instance"]]:
-                raise UserError(f"{node.address}: the same server as {twin[0].address}; name each once in --sut_server")
-        self.vocab_size, self.together = first.about["vocab_size"], first.about["together"]
-        # one batch waits at each server, so that none is idle while a result travels
-        self.workers = sum(node.about["workers"] + 1 for node in self.nodes)
-        self.name = ", ".join(node.about["name"] for node in self.nodes)
+        for node in self.nodes:
+            for what, value in first.model.items():
+                if node.model[what] != value:
+                    difference = f"its {what} is {node.model[what]}, but {value} on {first.address}"
+                    raise UserError(f"{node.address}: {difference}; all must run the same model on equal machines")
+        if len({node.instance for node in self.nodes}) < len(self.nodes):
+            raise UserError(f"--sut_server {' '.join(options.sut_server)}: a server is named twice; name each once")
+        vocab_size = first.model["vocabulary size"]
+        self.vocab_size = vocab_size if vocab_size < network_format.TOKEN_LIMIT else None
+        self.batch_policy = first.model["batch policy"]
+        # One batch waits at each server, so that none is idle while a response travels.
+        self.concurrency = sum(node.concurrency + 1 for node in self.nodes)
+        self.name = ", ".join(node.name for node in self.nodes)
 
-    def sut_name(self) -> str:
-        """LoadGen's callback: the names of the servers, asked for once more."""
+    def node_names(self) -> str:
+        """Return the names of the servers, after asking again whether they answer."""
         self.drop_lost()
         return self.name
 
     def predict(self, batch: Batch) -> np.ndarray:
-        """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where no server is left."""
+        """Return the logits of a batch, float32 (tokens, 2). Raises UserError if no server is left."""
         body = network_format.encode(batch)
         while True:
-            node = self.take()
+            node = self.acquire()
             try:
-                return network_format.logits(node.ask(body))
+                return network_format.decode_logits(node.predict(body))
             except FAULTS as error:
-                self.lose(node, error)
+                self.drop(node, error)
                 self.drop_lost()
             finally:
                 with self.lock:
-                    node.open -= 1
+                    node.open_requests -= 1
 
-    def take(self) -> Node:
-        """The server to run a batch; counts it as open there."""
+    def acquire(self) -> Node:
+        """Return the server for the next batch, and count the request as open."""
         with self.lock:
             living = [node for node in self.nodes if not node.lost]
             if not living:
-                raise UserError("no SUT is left: " + "; ".join(f"{node.address}: {node.lost}" for node in self.nodes))
-            node = min(living, key=lambda node: node.open)
-            node.open += 1
+                reasons = "; ".join(f"{node.address}: {node.lost}" for node in self.nodes)
+                raise UserError(f"no SUT is left: {reasons}")
+            node = min(living, key=lambda node: node.open_requests)
+            node.open_requests += 1
             return node
 
-    def lose(self, node: Node, error: Exception) -> None:
-        """Give a server up, for the rest of the run."""
+    def drop(self, node: Node, error: Exception) -> None:
+        """Send nothing more to a server."""
         with self.lock:
             if node.lost:
                 return
-            node.lost = str(error) or type(error).__name__
-            # print would write the line's end by itself, and another thread's line in between
-            sys.stderr.write(f"notice: {node.address} is lost ({node.lost}); its queries go to the others\n")
+            node.lost = config.first_line(error)
+        config.notice(f"{node.address} is lost ({node.lost}); its queries go to the others")
 
     def drop_lost(self) -> None:
-        """Give up every server that does not answer; all are asked at once, so that this takes ANSWER_S at most."""
-        for node, error in self.faults():
-            if error:
-                self.lose(node, error)
-
-    def faults(self) -> list[tuple[Node, OSError | http.client.HTTPException | None]]:
-        """[(server, its fault or None)] of all that are not given up."""
+        """Drop every server that does not answer; all are asked at once, so this takes at most ANSWER_S."""
         living = [node for node in self.nodes if not node.lost]
         with ThreadPoolExecutor(len(living) or 1) as pool:
-            return list(zip(living, pool.map(Node.fault, living)))
+            for node, error in zip(living, pool.map(Node.fault, living)):
+                if error:
+                    self.drop(node, error)

@@ -1,116 +1,112 @@
-"""`run.py --network=sut`: a backend behind HTTP, for LoadGen on another machine (`network_LON.py`) or any other client.
+"""Serve a backend over HTTP (`run.py --network=sut`) to LoadGen on another machine (network_LON.py) or other clients.
 
-POST /predict/ takes samples and gives their logits. With the content type application/octet-stream both are in the
-binary form of `network_format.py`; with any other they are JSON, as in MLPerf's reference:
+POST /predict/ takes samples and returns their logits. If the content type is application/octet-stream, both are binary
+(network_format.py); otherwise they are JSON, as in MLPerf's reference:
 
     {"query": {"input_ids": […], "input_mask": […], "segment_ids": […]}, "id": …}
     {"result": [[start, end], …], "id": …}
 
-The lists have 1 to 384 numbers, with padding at the end or without; the result has a pair for each token that is not
-padding. A list of queries gives a list of results; an id may be left out. What cannot be used is refused with a status
-of 4xx and one line of text.
-
-POST or GET /getname/ gives {"name": …} and what a client must know of the backend (`description`).
+A list has 1 to 384 numbers, with or without padding at the end; the result has a pair for each token that is not
+padding. A list of queries gets a list of results; the id is optional. A request that cannot be used is refused with a
+status of 4xx and one line of text. POST or GET /getname/ returns what a client must know of the server (`describe`).
 """
 
 import asyncio
 import hashlib
 import itertools
 import json
-import os
-import sys
 import traceback
 import uuid
 from collections import deque, namedtuple
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import uvloop
 from aiohttp import web
 
+import config
 import network_format
+from backends import Backend, RunOptions
+from batching import BatchPlan, Pending
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
+from network_format import Samples
 from squad_QSL import Batch
-from squad_SUT import Backend, Batching, SquadSUT, Waiting, Worker, checked
+from squad_SUT import SquadSUT, Worker, validate_logits
 
 BODY_LIMIT = 16 * 2**20  # bytes of a request
-SHUTDOWN_S = 1  # how long a signal lets open requests run
+SHUTDOWN_S = 1  # how long open requests may run after a signal
+INPUTS = ("input_ids", "input_mask", "segment_ids")
 
-Sample = namedtuple("Sample", ("index", "id"))  # what LoadGen's QuerySample is to `SquadSUT`
-
-
-class Arrivals:
-    """What has come in and is in no batch yet, as a sample library in the manner of `SquadQSL`.
-
-    One index stands for a run of a request's samples that stay together, which spares the work for each sample.
-    """
-
-    def __init__(self) -> None:
-        self.numbers = itertools.count()
-        self.lengths: dict[int, int] = {}  # index -> tokens of the run
-        self.runs: dict[int, tuple[np.ndarray, ...]] = {}  # index -> (lengths, token ids, segments)
-
-    def add(self, *run: np.ndarray) -> int:
-        """Take in a run: arrays (samples,), (tokens,) and (tokens,). Returns its index."""
-        index = next(self.numbers)
-        self.lengths[index], self.runs[index] = len(run[1]), run
-        return index
-
-    def batch(self, indices: np.ndarray) -> Batch:
-        """The runs `indices` as a `Batch`; they leave the library."""
-        lengths, ids, segments = (np.concatenate(arrays) for arrays in zip(*map(self.runs.pop, indices.tolist())))
-        for index in indices.tolist():
-            del self.lengths[index]
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        batch = Batch(np.zeros(mask.shape, np.int32), mask.astype(np.int32), np.zeros(mask.shape, np.int32),
-                      lengths.astype(np.int32))
-        batch.input_ids[mask], batch.segment_ids[mask] = ids, segments
-        return batch
+Query = namedtuple("Query", ("index", "id"))  # for `SquadSUT` what LoadGen's QuerySample is
 
 
 class NetworkSUT(SquadSUT):
-    """Answers requests as `SquadSUT` answers LoadGen. A query's id is (the future that waits for its logits, tokens)."""
+    """Answer requests as `SquadSUT` answers LoadGen.
 
-    def __init__(self, backend: Backend, batching: Batching, worker: Worker) -> None:
-        """To be called in the event loop; `worker` as in `SquadSUT`."""
+    A query is a chunk: samples of one request that stay together, which saves work for each sample. Its id is (the
+    future of its logits, its number of tokens). This object is also the sample library, of chunks.
+    """
+
+    def __init__(self, backend: Backend, plan: BatchPlan, worker: Worker) -> None:
+        """Start the workers; the event loop must be running."""
         self.loop = asyncio.get_running_loop()
-        self.within = batching  # a request
-        # Runs are batches already where the lengths matter: a run's is that of all its samples.
-        together = "any" if batching.together == "any" else "one"
-        super().__init__(backend, Arrivals(), Batching(together, batching.max_tokens, sort=False), end, worker)
+        self.numbers = itertools.count()
+        self.chunks: dict[int, Samples] = {}
+        self.lengths: dict[int, int] = {}  # tokens of each chunk
+        self.chunk_plan = plan
+        # Samples of different requests share a batch only if their lengths do not matter.
+        plan = replace(
+            plan, policy=plan.policy if plan.policy == "mixed" else "single", concurrency=backend.concurrency
+        )
+        super().__init__(backend, self, plan, fail, worker)
 
-    async def logits(self, lengths: np.ndarray, ids: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        """The logits of a request's samples, float32 (tokens, 2). Raises what the backend raised."""
-        samples, first, start = [], 0, 0
-        waiting = deque(Waiting(number, None, 0) for number in range(len(lengths)))
-        while waiting:
-            past = first + len(self.within.take(waiting, lengths))
-            end = start + int(lengths[first:past].sum())
-            index = self.qsl.add(lengths[first:past], ids[start:end], segments[start:end])
-            samples.append(Sample(index, (self.loop.create_future(), end - start)))
-            first, start = past, end
-        self.issue_queries(samples)
-        return np.concatenate(await asyncio.gather(*(sample.id[0] for sample in samples)))
+    async def logits(self, samples: Samples) -> np.ndarray:
+        """Return the logits of a request's samples, float32 (tokens, 2). Raises what the backend raised."""
+        lengths, ids, segments = samples
+        queries, first, start = [], 0, 0
+        pending = deque(Pending(row, None, 0) for row in range(len(lengths)))
+        while pending:
+            last = first + len(self.chunk_plan.next_batch(pending, lengths))
+            end = start + int(lengths[first:last].sum())
+            index = next(self.numbers)
+            self.chunks[index] = lengths[first:last], ids[start:end], segments[start:end]
+            self.lengths[index] = end - start
+            queries.append(Query(index, (self.loop.create_future(), end - start)))
+            first, start = last, end
+        self.issue_queries(queries)
+        return np.concatenate(await asyncio.gather(*(query.id[0] for query in queries)))
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Remove the chunks `indices` and return their samples."""
+        lengths, ids, segments = map(np.concatenate, zip(*map(self.chunks.pop, indices.tolist())))
+        for index in indices.tolist():
+            del self.lengths[index]
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        input_ids, segment_ids = np.zeros((2, *mask.shape), np.int32)
+        input_ids[mask], segment_ids[mask] = ids, segments
+        return Batch(input_ids, mask.astype(np.int32), segment_ids, lengths.astype(np.int32))
 
     def answer(self, ids: Sequence[tuple[asyncio.Future[np.ndarray], int]], batch: Batch) -> None:
-        """Run a batch; a fault of the backend ends the requests in it, not the server."""
+        """Run a batch. A fault of the backend ends the requests in it, but not the server."""
         futures, tokens = zip(*ids)
         results: Sequence[np.ndarray | Exception]
         try:
-            logits = checked(batch.lengths, self.backend.predict(batch))
+            logits = validate_logits(batch.lengths, self.backend.predict(batch))
             results = np.split(logits, np.cumsum(tokens)[:-1])
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client is told
+        except Exception as error:  # the client gets its message
             if not isinstance(error, UserError):
-                traceback.print_exception(error, file=sys.stderr)
+                traceback.print_exception(error)
             results = [error] * len(ids)
         self.loop.call_soon_threadsafe(settle, futures, results)
 
 
 def settle(futures: Sequence[asyncio.Future[np.ndarray]], results: Sequence[np.ndarray | Exception]) -> None:
+    """Complete the futures, except those of requests that were dropped."""
     for future, result in zip(futures, results):
-        if future.done():  # cancelled: its request was dropped
+        if future.done():
             continue
         if isinstance(result, Exception):
             future.set_exception(result)
@@ -118,119 +114,110 @@ def settle(futures: Sequence[asyncio.Future[np.ndarray]], results: Sequence[np.n
             future.set_result(result)
 
 
-def end(error: BaseException) -> NoReturn:
-    """End the process: a worker thread is lost."""
-    traceback.print_exception(error, file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)
+def fail(error: BaseException) -> None:
+    """End the process, which has lost a worker."""
+    traceback.print_exception(error)
+    config.end_process(f"error: a worker failed: {type(error).__name__}: {config.first_line(error)}", 1)
 
 
-def decode_json(body: bytes) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]:
-    """A JSON request's (lengths, token ids, segments), the content of the samples unchecked, and the decoded request.
-
-    Raises ValueError where it is not of the form that the top of this file shows.
-    """
+def decode_json(body: bytes) -> tuple[Samples, dict[str, Any]]:
+    """Return (a JSON request's samples, not checked further, the request). Raises ValueError if it has another form."""
     try:
         request = json.loads(body)
-        query = request["query"]
-        samples = [[np.array(sample[name]) for name in ("input_ids", "input_mask", "segment_ids")]
-                   for sample in (query if isinstance(query, list) else [query])]
+        queries = request["query"] if isinstance(request["query"], list) else [request["query"]]
+        arrays = [[np.array(query[name]) for name in INPUTS] for query in queries]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f'no JSON of the form {{"query": {{"input_ids": […], "input_mask": […], "segment_ids": […]}}}} '
-                         f"({type(error).__name__}: {first_line(error)})") from None
-    packed = []
-    for arrays in samples:
-        size = arrays[0].size
-        if any(array.dtype.kind != "i" or array.shape != (size,) for array in arrays) or not 0 < size <= MAX_SEQ_LENGTH:
-            raise ValueError("input_ids, input_mask and segment_ids must be lists of integers of the same length, "
-                             f"1 to {MAX_SEQ_LENGTH}")
-        ids, mask, segments = arrays
+        form = '{"query": {"input_ids": […], "input_mask": […], "segment_ids": […]}}'
+        raise ValueError(f"not JSON of the form {form}: {type(error).__name__}: {config.first_line(error)}") from None
+    samples = []
+    for ids, mask, segments in arrays:
+        size = ids.size
+        integers = all(array.dtype.kind == "i" and array.shape == (size,) for array in (ids, mask, segments))
+        if not integers or not 0 < size <= MAX_SEQ_LENGTH:
+            raise ValueError(f"{', '.join(INPUTS)} must be lists of 1 to {MAX_SEQ_LENGTH} integers, all of one length")
         length = np.count_nonzero(mask)
         if (mask != (np.arange(size) < length)).any():
             raise ValueError("input_mask must be ones, then zeros")
-        packed.append((length, ids[:length], segments[:length]))
-    if not packed:
+        samples.append(([length], ids[:length], segments[:length]))
+    lengths, ids, segments = map(np.concatenate, zip(*samples)) if samples else np.zeros((3, 0), int)
+    return (lengths, ids, segments), request
+
+
+def check(samples: Samples, vocab_size: int | None) -> None:
+    """Raise ValueError if a model that knows `vocab_size` tokens (None: any number) cannot take the samples."""
+    if not len(samples[0]):
         raise ValueError("no samples")
-    lengths, ids, segments = zip(*packed)
-    return (np.array(lengths), np.concatenate(ids), np.concatenate(segments)), request
+    tokens = vocab_size or network_format.TOKEN_LIMIT
+    limits = (1, MAX_SEQ_LENGTH, "tokens per sample"), (0, tokens - 1, "token ids"), (0, 1, "segments")
+    for values, (low, high, what) in zip(samples, limits):
+        if values.min() < low or values.max() > high:
+            raise ValueError(f"{what} from {values.min()} to {values.max()}; {low} to {high} are possible")
 
 
-def check(lengths: np.ndarray, ids: np.ndarray, segments: np.ndarray, vocab_size: int) -> None:
-    """Raise ValueError where a model of `vocab_size` tokens cannot take the samples."""
-    if not len(lengths):
-        raise ValueError("no samples")
-    if lengths.min() < 1 or lengths.max() > MAX_SEQ_LENGTH:
-        raise ValueError(f"samples of {lengths.min()} to {lengths.max()} tokens; 1 to {MAX_SEQ_LENGTH} are possible")
-    known = min(vocab_size, 2**31)
-    if ids.min() < 0 or ids.max() >= known:
-        raise ValueError(f"token ids from {ids.min()} to {ids.max()}; the model knows 0 to {known - 1}")
-    if segments.min() < 0 or segments.max() > 1:
-        raise ValueError(f"segments from {segments.min()} to {segments.max()}; 0 and 1 are possible")
+def describe(backend: Backend, node: str) -> dict[str, Any]:
+    """Return what /getname/ returns: the name, and what servers that share the queries of a client must agree in.
 
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
-def description(backend: Backend, node: str) -> dict[str, Any]:
-    """What /getname/ tells: the name and, for a client that spreads its queries, what must be the same on all nodes.
-
-    The digest of the logits of a fixed sample stands for the model; computing it warms the backend up.
+    The digest of the logits of a fixed sample stands for the model; computing it warms up the backend.
     """
     ids = np.arange(MAX_SEQ_LENGTH, dtype=np.int32)[None] % 100
     sample = Batch(ids, np.ones_like(ids), np.zeros_like(ids), np.array([MAX_SEQ_LENGTH], np.int32))
-    return {"name": f"{backend.name} (Network SUT){node and f' node {node}'}", "instance": uuid.uuid4().hex,
-            "workers": backend.workers, "backend": backend.name, "vocab_size": backend.vocab_size,
-            "together": backend.together, "logits": hashlib.sha256(backend.predict(sample).tobytes()).hexdigest()}
+    return {
+        "name": f"{backend.name} (Network SUT){node and f' node {node}'}",
+        "instance": uuid.uuid4().hex,
+        "workers": backend.concurrency,
+        "backend": backend.name,
+        "vocab_size": backend.vocab_size or network_format.UNKNOWN_VOCAB_SIZE,
+        "together": network_format.POLICY_NAMES[backend.batch_policy],
+        "logits": hashlib.sha256(backend.predict(sample).tobytes()).hexdigest(),
+    }
 
 
-def serve(backend: Backend, batching: Batching, worker: Worker, node: str, host: str, port: int,
-          stage: Callable[[str], object]) -> None:
-    """Serve `backend`, which `worker` loaded, on `host` and `port` until SIGINT or SIGTERM.
-
-    `stage` is called with a line when it is ready. Raises UserError where it cannot listen there.
-    """
+def serve(backend: Backend, plan: BatchPlan, worker: Worker, options: RunOptions) -> None:
+    """Serve a backend, which `worker` loaded, until SIGINT or SIGTERM. Raises UserError if it cannot listen."""
+    host, port = options.host, options.port
     if port > 65535:  # uvloop would take it modulo 65536
         raise UserError(f"--port={port}: the highest is 65535; give another")
-    about = worker.start(lambda: description(backend, node)).result()
-    sut: NetworkSUT  # made by `work`, in the event loop
+    description = worker.submit(lambda: describe(backend, options.node)).result()
+    sut: NetworkSUT  # set by `run`, in the event loop
 
     async def predict(request: web.Request) -> web.Response:
+        binary = request.content_type == network_format.CONTENT_TYPE
         try:
             body = await request.read()
-        except OSError:
-            raise web.HTTPBadRequest(text="the request broke off\n") from None
-        try:
-            binary = request.content_type == network_format.CONTENT_TYPE
             samples, query = (network_format.decode(body), {}) if binary else decode_json(body)
-            check(*samples, backend.vocab_size)
+            check(samples, backend.vocab_size)
+        except OSError:
+            raise web.HTTPBadRequest(text="the request is incomplete\n") from None
         except ValueError as error:
             raise web.HTTPBadRequest(text=f"{error}\n") from None
         try:
-            logits = await sut.logits(*samples)
-        except Exception as error:  # noqa: BLE001 - whatever the backend raised
-            raise web.HTTPInternalServerError(text=f"{type(error).__name__}: {first_line(error)}\n") from None
+            logits = await sut.logits(samples)
+        except Exception as error:  # whatever the backend raised
+            text = f"{type(error).__name__}: {config.first_line(error)}\n"
+            raise web.HTTPInternalServerError(text=text) from None
         if binary:
             return web.Response(body=logits.astype("<f4").tobytes(), content_type=network_format.CONTENT_TYPE)
         results = [pairs.tolist() for pairs in np.split(logits, np.cumsum(samples[0])[:-1])]
-        answer = {"result": results if isinstance(query["query"], list) else results[0]}
-        return web.json_response({**answer, "id": query["id"]} if "id" in query else answer)
+        query["result"] = results if isinstance(query["query"], list) else results[0]
+        return web.json_response({key: query[key] for key in ("result", "id") if key in query})
 
     async def getname(request: web.Request) -> web.Response:
-        return web.json_response(about)
+        return web.json_response(description)
 
-    async def work(app: web.Application) -> AsyncIterator[None]:
+    async def run(app: web.Application) -> AsyncIterator[None]:
         nonlocal sut
-        sut = NetworkSUT(backend, batching, worker)
+        sut = NetworkSUT(backend, plan, worker)
         yield
         sut.stop()
 
+    def ready(_: str) -> None:
+        config.log_progress(f"{description['name']}, ready on http://{host}:{port}; end it with Ctrl-C")
+
     app = web.Application(client_max_size=BODY_LIMIT)
     app.add_routes([web.post("/predict/", predict), web.post("/getname/", getname), web.get("/getname/", getname)])
-    app.cleanup_ctx.append(work)
-    ready = f"{about['name']}, ready on http://{host}:{port}; end it with Ctrl-C"
+    app.cleanup_ctx.append(run)
+    loop = uvloop.new_event_loop()
     try:
-        web.run_app(app, host=host, port=port, shutdown_timeout=SHUTDOWN_S, access_log=None,
-                    loop=uvloop.new_event_loop(), print=lambda _: stage(ready))
+        web.run_app(app, host=host, port=port, shutdown_timeout=SHUTDOWN_S, access_log=None, loop=loop, print=ready)
     except OSError as error:
         raise UserError(f"--host={host} --port={port}: cannot listen there ({error}); give others") from None

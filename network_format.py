@@ -1,35 +1,44 @@
-"""The binary form in which samples travel from `run.py --network=lon` to `--network=sut`.
+"""Encode and decode what `run.py --network=lon` and `--network=sut` exchange.
 
-A request is little-endian arrays, one behind the other:
+A request is little-endian arrays, one after the other:
 
-    uint32 (1,)         B, how many samples
-    uint32 (B,)         how many tokens each has, 1 to 384
+    uint32 (1,)         B, the number of samples
+    uint32 (B,)         tokens of each sample, 1 to 384
     int32 (tokens,)     token ids, sample after sample without padding
-    uint8 (tokens,)     segments, 0 or 1, likewise
+    uint8 (tokens,)     segments, 0 or 1, in the same order
 
-The response is float32 (tokens, 2): the start and end logit of every token, likewise.
+The response is float32 (tokens, 2): the start and end logit of every token.
 """
+
+import sys
 
 import numpy as np
 
+from backends import BatchPolicy
 from squad_QSL import Batch
 
 CONTENT_TYPE = "application/octet-stream"
+# How a server describes its batch policy, and a vocabulary of unknown size (any number above all token ids).
+POLICY_NAMES: dict[BatchPolicy, str] = {"mixed": "any", "same_length": "equal", "single": "one"}
+UNKNOWN_VOCAB_SIZE = sys.maxsize
+TOKEN_LIMIT = 2**31  # above every token id
+
+Samples = tuple[np.ndarray, np.ndarray, np.ndarray]  # lengths (B,), token ids (tokens,), segments (tokens,)
 
 
 def encode(batch: Batch) -> bytes:
-    """A `squad_QSL.Batch` as the bytes of a request."""
-    return b"".join(array.astype(kind).tobytes() for array, kind in (
-        (np.array([len(batch)]), "<u4"), (batch.lengths, "<u4"),
-        (batch.packed(batch.input_ids), "<i4"), (batch.packed(batch.segment_ids), "u1")))
+    """Return a batch as the bytes of a request."""
+    ids, segments = batch.packed(batch.input_ids), batch.packed(batch.segment_ids)
+    arrays = (np.array([len(batch)]), "<u4"), (batch.lengths, "<u4"), (ids, "<i4"), (segments, "u1")
+    return b"".join(array.astype(dtype).tobytes() for array, dtype in arrays)
 
 
-def decode(body: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A request's (lengths, token ids, segments), unchecked. Raises ValueError where the sizes do not fit together."""
+def decode(body: bytes) -> Samples:
+    """Return the samples of a request, unchecked. Raises ValueError if the sizes do not fit together."""
     count = int.from_bytes(body[:4], "little")
     start = 4 + 4 * count
     if len(body) < start:
-        raise ValueError(f"{len(body)} bytes hold no {count} lengths")
+        raise ValueError(f"{len(body)} bytes are too few for {count} lengths")
     lengths = np.frombuffer(body, "<u4", count, 4)
     tokens = int(lengths.sum(dtype=np.int64))
     if len(body) != start + 5 * tokens:
@@ -37,6 +46,6 @@ def decode(body: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return lengths, np.frombuffer(body, "<i4", tokens, start), np.frombuffer(body, "u1", tokens, start + 4 * tokens)
 
 
-def logits(content: bytes) -> np.ndarray:
-    """The bytes of a response as float32 (tokens, 2)."""
+def decode_logits(content: bytes) -> np.ndarray:
+    """Return the logits of a response, float32 (tokens, 2)."""
     return np.frombuffer(content, "<f4").reshape(-1, 2)

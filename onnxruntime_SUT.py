@@ -1,133 +1,112 @@
-"""The ONNX Runtime backend: runs an ONNX file of BERT for question answering, fp32 or int8."""
+"""The ONNX Runtime backend: run an ONNX file of BERT for question answering, fp32 or int8."""
 
-import argparse
 import atexit
 import os
-import sys
 
 import numpy as np
 import onnxruntime
 
 import config
+from backends import Backend, RunOptions
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
 
-TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 CPU = "CPUExecutionProvider"
-SLOW = {"SkipLayerNormFusion"}  # on a CPU the fused operator takes longer than addition and norm
-REMEDY = "bert_tf_to_pytorch.py and quantize_bert.py make files that fit"
+INPUT_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+INPUT_SHAPES = [(batch, length) for batch in (None, 1) for length in (None, MAX_SEQ_LENGTH)]  # None: any size
+SLOW_ON_CPU = {"SkipLayerNormFusion"}  # the fused operator takes longer than an addition and a norm
+REMEDY = "`make convert` writes files that fit"
 
 
 def providers() -> list[str]:
-    """The execution providers to use, best first: the preferred one where it is there and allowed, and the CPU's."""
-    preferred = config.env("ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER", "CUDAExecutionProvider")
-    if not config.use_gpu() or preferred not in (available := onnxruntime.get_available_providers()):
-        if config.use_gpu() and os.environ.get("ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER"):
-            print(f"notice: ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER={preferred}: not one of {', '.join(available)}; "
-                  f"going on with {CPU}", file=sys.stderr)
-        return [CPU]
-    return list(dict.fromkeys([preferred, CPU]))
+    """Return the execution providers to use: the preferred one if it is available and allowed, then the CPU's."""
+    wanted = config.env("ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER", "")
+    available = onnxruntime.get_available_providers()
+    preferred = wanted or "CUDAExecutionProvider"
+    if config.use_gpu() and preferred in available:
+        return list(dict.fromkeys([preferred, CPU]))
+    if config.use_gpu() and wanted:
+        config.notice(f"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER={wanted} is not one of {available}; running on {CPU}")
+    return [CPU]
 
 
-def open_session(path: str, options: onnxruntime.SessionOptions | None = None,
-                 name: str | None = None, side_by_side: bool = False) -> onnxruntime.InferenceSession:
-    """Load the ONNX file `path`, which messages call `name`. Raises UserError where ONNX Runtime cannot.
-
-    `side_by_side`: on a CPU each call is to take one thread.
-    """
-    name, use = name or path, providers()
-    if not os.path.isfile(path):
-        raise UserError(f"{name}: no such model file; `make setup` fetches BERT-Large, "
-                        "ML_MODEL_FILE_WITH_PATH names another")
-    options = options or onnxruntime.SessionOptions()
-    alone = side_by_side and use == [CPU]
-    options.intra_op_num_threads = 1 if alone else config.env_threads("MLC_MAX_NUM_THREADS") or 0  # 0: all cores'
-    options.log_severity_level = 3
-    if use != [CPU]:
-        onnxruntime.preload_dlls()  # CUDA's, where they come from pip, as in the Docker image
-    try:
-        return onnxruntime.InferenceSession(path, options, use, disabled_optimizers=SLOW if use == [CPU] else None)
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime has an exception for each kind of damage
-        raise UserError(f"{name}: damaged or not an ONNX model ({first_line(error)}); {REMEDY}") from None
+def describe(nodes: list[onnxruntime.NodeArg]) -> str:
+    """Return the names, types and shapes of a model's inputs or outputs, for a message."""
+    return ", ".join(f"{node.name} {node.type} {node.shape}" for node in nodes)
 
 
-def read_inputs(path: str, session: onnxruntime.InferenceSession) -> tuple[dict[str, type], int | None, bool]:
-    """What a session's inputs take: ({name: numpy type} of ids, mask and segments, length, one by one).
+class OnnxModel:
+    """An ONNX file of BERT in ONNX Runtime, with its inputs checked."""
 
-    The length is None where any will do; one by one says that the batch is fixed at 1. Raises UserError where the
-    inputs are others, too short for the features, or take batches of another fixed size.
-    """
-    found = {node.name: node for node in session.get_inputs()}
-    names = config.onnx_inputs(path, list(found))
-    types = [found[name].type for name in names]
-    if not set(types) <= set(TYPES):
-        raise UserError(f"{path}: the inputs are {', '.join(types)}, not int64 or int32; {REMEDY}")
-    shapes = [tuple(size if isinstance(size, int) else None for size in found[name].shape) for name in names]
-    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][0] not in (None, 1) or \
-            shapes[0][1] not in (None, MAX_SEQ_LENGTH):
-        raise UserError(f"{path}: the inputs' shapes are {shapes}; dynamic ones or (batch, {MAX_SEQ_LENGTH}) are needed; "
-                        f"{REMEDY}")
-    return {name: TYPES[kind] for name, kind in zip(names, types)}, shapes[0][1], shapes[0][0] == 1
+    def __init__(self, path: str, settings: onnxruntime.SessionOptions, name: str, one_thread: bool = False) -> None:
+        """Load the file `path`, which messages call `name`. Raises UserError if it cannot be used.
+
+        With `one_thread`, each call of `run` on a CPU uses one thread, otherwise as many as MLC_MAX_NUM_THREADS.
+        """
+        config.require_model_file(path)
+        use = providers()
+        on_cpu = use == [CPU]
+        threads = 1 if one_thread and on_cpu else config.thread_limit("MLC_MAX_NUM_THREADS")
+        settings.intra_op_num_threads = threads or 0  # 0: one per core
+        settings.log_severity_level = 3  # errors only
+        if not on_cpu:
+            onnxruntime.preload_dlls()  # CUDA's, if pip installed them, as in the Docker image
+        disabled = SLOW_ON_CPU if on_cpu else None
+        try:
+            self.session = onnxruntime.InferenceSession(path, settings, use, disabled_optimizers=disabled)
+        except Exception as error:  # ONNX Runtime has a type for each kind of damage
+            raise UserError(f"{name}: damaged or not an ONNX model ({config.first_line(error)}); {REMEDY}") from None
+
+        nodes = {node.name: node for node in self.session.get_inputs()}
+        inputs = [nodes[input_name] for input_name in config.onnx_inputs(name, list(nodes))]
+        shapes = [tuple(size if isinstance(size, int) else None for size in node.shape) for node in inputs]
+        if len(set(shapes)) > 1 or shapes[0] not in INPUT_SHAPES or {node.type for node in inputs} - set(INPUT_DTYPES):
+            expected = f"int64 or int32, dynamic or (1, {MAX_SEQ_LENGTH})"
+            raise UserError(f"{name}: the inputs are {describe(inputs)}, expected {expected}; {REMEDY}")
+        self.inputs = [(node.name, INPUT_DTYPES[node.type]) for node in inputs]
+        batch_size, self.length = shapes[0]  # samples are padded to `length`; None: to the longest of the batch
+        self.single = batch_size == 1  # whether a batch must be one sample
+
+    def run(self, outputs: list[str] | None, batch: Batch) -> list[np.ndarray]:
+        """Return the tensors `outputs` (None: the outputs) for a batch of B samples: (B, length, …)."""
+        arrays = batch.padded_to(self.length or batch.input_ids.shape[1])
+        feed = {name: array.astype(dtype) for (name, dtype), array in zip(self.inputs, arrays)}
+        return list(self.session.run(outputs, feed))
 
 
-def check_outputs(path: str, session: onnxruntime.InferenceSession) -> None:
-    """Raise UserError where a session's outputs are not start and end logits."""
-    outputs = session.get_outputs()
-    if [(node.type, len(node.shape)) for node in outputs] != 2 * [("tensor(float)", 2)]:
-        found = ", ".join(f"{node.name} {node.type} {node.shape}" for node in outputs)
-        raise UserError(f"{path}: the outputs are {found}, not float (batch, length) for start and end; {REMEDY}")
+class OnnxRuntimeBackend(Backend):
+    """BERT in ONNX Runtime, on the preferred execution provider if it is available and USE_GPU allows, else the CPU."""
 
-
-def feed(types: dict[str, type], length: int | None, batch: Batch) -> dict[str, np.ndarray]:
-    """What a session with inputs `types` and `length` (of `read_inputs`) takes for a `squad_QSL.Batch`."""
-    arrays = batch.padded_to(length or batch.input_ids.shape[1])
-    return {name: array.astype(kind) for (name, kind), array in zip(types.items(), arrays)}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-class OnnxRuntimeBackend:
-    """BERT in ONNX Runtime, on the preferred execution provider where it is there and USE_GPU allows, else the CPU."""
-
-    vocab_size = sys.maxsize  # the file does not say; an unknown token fails in `predict`
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        """`args` are run.py's. Raises UserError where the model cannot be used."""
-        self.path = config.onnx_model(args.dtype)
-        options = onnxruntime.SessionOptions()
-        if args.profile:
-            options.enable_profiling = True
-            options.profile_file_prefix = os.path.join(config.env("LOG_PATH", config.LOG_DIR), "onnxruntime_profile")
-        side_by_side = config.side_by_side(args)
-        self.session = open_session(self.path, options, side_by_side=side_by_side)
-        self.types, self.length, one_by_one = read_inputs(self.path, self.session)
-        check_outputs(self.path, self.session)
-        provider = self.session.get_providers()[0]
-        self.workers = config.threads() if side_by_side and provider == CPU else 1
-        if args.reference:
-            self.length = MAX_SEQ_LENGTH
-        self.together = "one" if one_by_one or args.reference else "equal" if provider == CPU else "any"
-        self.name = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {args.dtype}"
-        if args.profile:
-            atexit.register(self.end_profile)
+    def __init__(self, options: RunOptions) -> None:
+        self.model_path = path = config.model_path("onnxruntime", options.dtype)
+        settings = onnxruntime.SessionOptions()
+        if options.profile:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = os.path.join(config.env("LOG_PATH", config.LOG_DIR), "onnxruntime_profile")
+        self.model = OnnxModel(path, settings, path, options.one_batch_per_core)
+        outputs = self.model.session.get_outputs()
+        if [(node.type, len(node.shape)) for node in outputs] != 2 * [("tensor(float)", 2)]:
+            raise UserError(f"{path}: the outputs are {describe(outputs)}, not two of float (batch, length); {REMEDY}")
+        provider = self.model.session.get_providers()[0]
+        if options.one_batch_per_core and provider == CPU:
+            self.concurrency = config.threads()
+        if options.reference:
+            self.model.length = MAX_SEQ_LENGTH
+        if options.reference or self.model.single:
+            self.batch_policy = "single"
+        elif provider == CPU:
+            self.batch_policy = "same_length"
+        self.name = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {options.dtype}"
+        if options.profile:
+            session = self.model.session
+            atexit.register(lambda: config.log_progress(f"profile: {session.end_profiling()}"))
 
     def predict(self, batch: Batch) -> np.ndarray:
-        """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where the model cannot take it."""
-        return batch.packed(self.logits(batch))
-
-    def logits(self, batch: Batch) -> np.ndarray:
-        """The logits of a `squad_QSL.Batch` as one call of the graph gives them, float32 (B, L, 2)."""
+        """Return the logits of every token, float32 (tokens, 2). Raises UserError if a token is not the model's."""
         try:
-            pair = self.session.run(None, feed(self.types, self.length, batch))
-        except Exception as error:  # noqa: BLE001 - as above; a token beyond the model's vocabulary is the likely one
-            raise UserError(f"{self.path}: ONNX Runtime cannot run it ({first_line(error)}); the model must fit the "
-                            f"vocabulary of VOCAB_FILE, {REMEDY}") from None
-        return np.stack(pair, axis=-1)[:, :batch.input_ids.shape[1]]
-
-    def end_profile(self) -> None:
-        """Write the profile and say where."""
-        atexit.unregister(self.end_profile)
-        print(f"profile: {self.session.end_profiling()}", file=sys.stderr)
+            pair = self.model.run(None, batch)
+        except Exception as error:
+            reason = config.first_line(error)
+            raise UserError(f"{self.model_path}: ONNX Runtime cannot run it ({reason}); check VOCAB_FILE") from None
+        return batch.packed(np.stack(pair, axis=-1)[:, : batch.input_ids.shape[1]])

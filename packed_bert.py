@@ -1,124 +1,104 @@
-"""BERT for question answering over packed tokens, in PyTorch: no sample is padded.
+"""Compute BERT for question answering over packed tokens in PyTorch: no sample is padded.
 
-The tokens of all samples of a batch stand behind one another in one matrix for every linear layer; only attention looks
-at each sample alone. What a linear layer runs on is one of the classes here, each with three operations: the product
-itself, the product followed by gelu, and the product added to the residual.
-
-    Linear            PyTorch's own, on any device
-    PrepackedLinear   oneDNN with weights laid out for it once: fp32 and bf16 on CPUs
-    Int8Linear        oneDNN in int8 with scales from a calibration: on CPUs
-
-Each row of these products comes out bit for bit the same whatever the other rows are, so a sample's logits do not
-depend on its batch; tests/test_packed_bert.py holds them to it.
+The tokens of all samples of a batch are concatenated into one matrix for every linear layer; only attention treats each
+sample separately. On a CPU each row of a result has the same bits whatever the other rows are, so a sample's logits do
+not depend on its batch; tests/test_packed_bert.py checks this.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# On CPUs a product's rows are filled up to a multiple of this, and so are a sample's within attention where oneDNN
-# computes it: for each number of rows that it meets oneDNN makes a kernel, which took a fifth of a small BERT's time for a
-# sample in bf16 and int8. Samples of all lengths have 24 such numbers now, not 300. 8 was no faster, 32 slower.
+from squad_QSL import Batch
+
+# On a CPU the rows of a linear layer's input are filled up to a multiple of ROWS, and so are a sample's rows within
+# attention unless it is in fp32. oneDNN generates a kernel for each number of rows that it meets, which took a fifth of
+# a small BERT's time for a sample in bf16 and int8. Samples of all lengths now have 24 such numbers instead of 300.
+# ROWS = 8 was no faster, and 32 was slower.
 ROWS = 16
+
+Ranges = dict[str, tuple[Tensor, Tensor]]  # of the inputs of linear layers: {layer name: (low, high)}, fp32 (inputs,)
 
 
 class Linear:
-    """x W' + b as PyTorch computes it."""
+    """A linear layer of PyTorch on any device. `weight` is (outputs, inputs), `bias` (outputs,), in the input's dtype."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """`weight` (outputs, inputs) and `bias` (outputs,), on the device and in the dtype to compute in."""
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self(x))
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self(x).add_(residual)
+    def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Return x W' + b, its gelu, or its sum with `residual`."""
+        y = F.linear(x, self.weight, self.bias)
+        if residual is not None:
+            return y.add_(residual)
+        return F.gelu(y) if gelu else y
 
 
 class PrepackedLinear:
-    """x W' + b by oneDNN, whose blocked layout of the weights is made once; gelu and the addition are fused."""
+    """A linear layer of oneDNN on CPUs, which reorders its weights once; all tensors are fp32, or all are bf16."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """`weight` (outputs, inputs) and `bias` (outputs,), both fp32 or both bf16."""
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+    def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Return x W' + b, its gelu, or its sum with `residual`."""
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        operator, algorithm = ("gelu", "none") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, operator, (), algorithm)
 
 
-def uint8_range(low: torch.Tensor, high: torch.Tensor) -> tuple[float, int]:
-    """The (scale, zero point) with which uint8 covers the values between the least of `low` and the most of `high`."""
-    low, high = min(low.min().item(), 0.0), max(high.max().item(), 0.0)
-    scale = max(high - low, 1e-6) / 255
-    return scale, round(-low / scale)
+def uint8_range(low: Tensor, high: Tensor) -> tuple[float, int]:
+    """Return the scale and the zero point with which uint8 covers 0 and the values from min(low) to max(high)."""
+    smallest, largest = min(low.min().item(), 0.0), max(high.max().item(), 0.0)
+    scale = max(largest - smallest, 1e-6) / 255
+    return scale, round(-smallest / scale)
 
 
 class Int8Linear:
-    """x W' + b by oneDNN in int8: one scale for each output's weights, one scale and zero point for the input.
+    """A linear layer of oneDNN in int8 on CPUs, made from fp32 tensors; `low` and `high` are the range of its input.
 
-    The input's are constants of a calibration, so that a sample's result does not depend on its batch.
+    The weights have a scale for each output. The input has a constant one, so no result depends on the batch.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, low: torch.Tensor, high: torch.Tensor,
-                 output_dtype: torch.dtype, gelu_range: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
-        """`weight` (outputs, inputs) and `bias` (outputs,) in fp32; `low` and `high` bound the inputs, fp32 (inputs,).
+    def __init__(self, weight: Tensor, bias: Tensor, low: Tensor, high: Tensor, output_dtype: torch.dtype) -> None:
+        self.scale, zero_point = uint8_range(low, high)
+        self.offset = torch.tensor([zero_point + 0.5])
+        weight_scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        quantized = (weight / weight_scale[:, None]).round().to(torch.int8)
+        packed = torch.ops.onednn.qlinear_prepack(quantized, None)
+        self.operands = (self.scale, zero_point, packed, weight_scale, torch.zeros(len(weight), dtype=torch.int64))
+        self.bias = bias
+        self.output = 1.0, 0, output_dtype, "none", (), ""  # scale 1 and zero point 0: not quantized
 
-        The products come out in `output_dtype`, but those of `gelu` in uint8, quantized for the next layer, whose
-        inputs' bounds are `gelu_range`.
-        """
-        self.scale, self.zero_point = uint8_range(low, high)
-        self.offset = torch.tensor([self.zero_point + 0.5])
-        self.weight_scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-        quantized = (weight / self.weight_scale[:, None]).round().to(torch.int8)
-        self.weight = torch.ops.onednn.qlinear_prepack(quantized, None)
-        self.weight_zero_point = torch.zeros(len(weight), dtype=torch.int64)
-        self.bias, self.output_dtype = bias, output_dtype
-        if gelu_range:
-            self.gelu_scale, self.gelu_zero_point = uint8_range(*gelu_range)
+    def quantize_gelu(self, low: Tensor, high: Tensor) -> None:
+        """Make a gelu return uint8 for the next layer, whose input has the range `low`, `high`."""
+        self.gelu_output = *uint8_range(low, high), torch.uint8, "gelu", (), "none"
 
-    def quantize(self, x: torch.Tensor) -> torch.Tensor:
-        """The input as uint8; it already is after a `gelu`."""
-        if x.dtype == torch.uint8:
-            return x
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return the input as uint8."""
         return torch.add(self.offset, x, alpha=1 / self.scale).clamp_(0, 255).to(torch.uint8)
 
-    def product(self) -> tuple[float, int, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.scale, self.zero_point, self.weight, self.weight_scale, self.weight_zero_point
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.onednn.qlinear_pointwise(self.quantize(x), *self.product(), self.bias, 1.0, 0,
-                                                  self.output_dtype, "none", [], "")
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.onednn.qlinear_pointwise(self.quantize(x), *self.product(), self.bias, self.gelu_scale,
-                                                  self.gelu_zero_point, torch.uint8, "gelu", [], "none")
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return torch.ops.onednn.qlinear_pointwise.binary(
-            self.quantize(x), *self.product(), residual, self.bias, 1.0, 0, residual.dtype, 1.0, 0, "add", 1.0,
-            "none", [], "")
+    def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Return x W' + b, its gelu as uint8, or its sum with `residual` in the residual's dtype."""
+        quantized = x if x.dtype == torch.uint8 else self.quantize(x)  # a gelu has returned uint8
+        inputs = quantized, *self.operands
+        if residual is not None:
+            output = 1.0, 0, residual.dtype, 1.0, 0, "add", 1.0, "none", (), ""
+            return torch.ops.onednn.qlinear_pointwise.binary(*inputs, residual, self.bias, *output)
+        return torch.ops.onednn.qlinear_pointwise(*inputs, self.bias, *(self.gelu_output if gelu else self.output))
 
 
-Product = Linear | PrepackedLinear | Int8Linear
+def attention(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
+    """Return the attention within each sample, (T, hidden).
 
-
-def attention(qkv: torch.Tensor, heads: int, lengths: list[int]) -> torch.Tensor:
-    """Attention within each sample: queries, keys and values (T, 3 * hidden) -> (T, hidden).
-
-    `lengths` are the samples' tokens, a list of ints; the queries are scaled already. Rows behind theirs become the first.
+    `qkv` (T, 3 * hidden) holds the queries, already scaled, the keys and the values; `lengths` are the samples' numbers
+    of tokens. Rows after the last sample become copies of the first row of the result.
     """
     tokens, width = qkv.shape
     result = qkv.new_empty(tokens, width // 3)
@@ -126,22 +106,22 @@ def attention(qkv: torch.Tensor, heads: int, lengths: list[int]) -> torch.Tensor
     parts = qkv.view(tokens, 3, heads, -1).permute(1, 2, 0, 3)
     start = 0
     for length in lengths:
-        own = slice(start, start + length)
-        q, k, v = parts[:, :, own]
-        if qkv.dtype != torch.float32:  # then it is oneDNN's, which copies them anyway
+        sample = slice(start, start + length)
+        q, k, v = parts[:, :, sample]
+        if qkv.dtype != torch.float32:  # oneDNN computes these products and would copy q, k and v anyway
             padded = qkv.new_zeros(3, heads, length + -length % ROWS, width // 3 // heads)
-            padded[:, :, :length] = parts[:, :, own]  # F.pad keeps the strides where it adds nothing: twice as slow
+            padded[:, :, :length] = parts[:, :, sample]  # F.pad keeps the strides if it adds nothing: twice as slow
             q, k, v = padded
         scores = torch.bmm(q, k.transpose(1, 2))
         scores[:, :, length:] = -torch.inf
-        by_head[:, own] = torch.bmm(torch.softmax(scores, dim=-1), v)[:, :length]
+        by_head[:, sample] = torch.bmm(torch.softmax(scores, dim=-1), v)[:, :length]
         start += length
     result[start:] = result[0]
     return result
 
 
-def cuda_attention(qkv: torch.Tensor, heads: int, lengths: list[int]) -> torch.Tensor:
-    """`attention` on a GPU: the framework's variable-length kernel for half types, sample by sample for fp32."""
+def cuda_attention(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
+    """Compute `attention` on a GPU: bf16 and fp16 with PyTorch's variable-length kernel, fp32 sample by sample."""
     if qkv.dtype == torch.float32:
         return attention(qkv, heads, lengths)
     from torch.nn.attention.varlen import varlen_attn
@@ -152,57 +132,59 @@ def cuda_attention(qkv: torch.Tensor, heads: int, lengths: list[int]) -> torch.T
 
 
 class Bert:
-    """BERT for question answering. Called with packed tokens, it gives their logits."""
+    """BERT for question answering, made from what bert_weights.read_weights returns; empties `weights`.
 
-    def __init__(self, sizes: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device,
-                 dtype: torch.dtype, make_linear: Callable[[str, torch.Tensor, torch.Tensor], Product]) -> None:
-        """`sizes` and `weights` as `pytorch_SUT.read_weights` gives them; the weights are taken out of the dict.
+    `make_linear` makes a linear layer from its name ("N.qkv", "N.out", "N.up" or "N.down" in BERT's layer N) and its
+    weight and bias in fp32; `dtype` is that of the values between linear layers.
+    """
 
-        `dtype` is that of what passes between layers, `make_linear(name, weight, bias)` makes a layer's product from
-        fp32 weights; its names are "N.qkv", "N.out", "N.up" and "N.down" for layer N.
-        """
-        self.heads = sizes["num_attention_heads"]
-        self.epsilon = sizes.get("layer_norm_eps", 1e-12)
+    def __init__(
+        self,
+        bert_config: dict[str, Any],
+        weights: dict[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        make_linear: Callable[[str, Tensor, Tensor], Linear | PrepackedLinear | Int8Linear],
+    ) -> None:
+        self.device, self.heads = device, bert_config["num_attention_heads"]
+        self.epsilon = bert_config["layer_norm_eps"]
         self.attention, self.rows = (cuda_attention, 1) if device.type == "cuda" else (attention, ROWS)
 
-        def own(name: str) -> torch.Tensor:
-            return weights.pop(name).to(device, copy=True)  # one that is not a part of the file holds all of it in memory
+        def pair(name: str) -> tuple[Tensor, Tensor]:
+            # Copied, because a tensor that is a part of the mapped file keeps the whole file in memory.
+            weight, bias = (weights.pop(f"{name}.{part}").to(device, copy=True) for part in ("weight", "bias"))
+            return weight, bias
 
-        def take(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return own(f"{name}.weight"), own(f"{name}.bias")
-
-        self.words, self.positions, self.types = (
-            own(f"bert.embeddings.{name}_embeddings.weight").to(dtype)
-            for name in ("word", "position", "token_type"))
-        self.embedding_norm = take("bert.embeddings.LayerNorm")
+        names = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+        self.words, self.positions, self.types = (weights.pop(name).to(device, dtype, copy=True) for name in names)
+        self.embedding_norm = pair("bert.embeddings.LayerNorm")
         self.layers = []
-        for layer in range(sizes["num_hidden_layers"]):
+        scale = (bert_config["hidden_size"] / self.heads) ** -0.5  # of attention, once instead of on every score
+        for layer in range(bert_config["num_hidden_layers"]):
             prefix = f"bert.encoder.layer.{layer}"
-            parts: list[Sequence[torch.Tensor]] = [
-                take(f"{prefix}.attention.self.{name}") for name in ("query", "key", "value")]
-            scale = (sizes["hidden_size"] / self.heads) ** -0.5
-            parts[0] = [tensor * scale for tensor in parts[0]]  # the scale of attention, once instead of at each score
-            self.layers.append((
-                make_linear(f"{layer}.qkv", *(torch.cat(tensors) for tensors in zip(*parts))),
-                make_linear(f"{layer}.out", *take(f"{prefix}.attention.output.dense")),
-                take(f"{prefix}.attention.output.LayerNorm"),
-                make_linear(f"{layer}.up", *take(f"{prefix}.intermediate.dense")),
-                make_linear(f"{layer}.down", *take(f"{prefix}.output.dense")),
-                take(f"{prefix}.output.LayerNorm")))
-        self.answer = Linear(*take("qa_outputs"))
+            query, key, value = (pair(f"{prefix}.attention.self.{name}") for name in ("query", "key", "value"))
+            qkv = make_linear(f"{layer}.qkv", *(torch.cat((q * scale, k, v)) for q, k, v in zip(query, key, value)))
+            out = make_linear(f"{layer}.out", *pair(f"{prefix}.attention.output.dense"))
+            up = make_linear(f"{layer}.up", *pair(f"{prefix}.intermediate.dense"))
+            down = make_linear(f"{layer}.down", *pair(f"{prefix}.output.dense"))
+            out_norm, down_norm = pair(f"{prefix}.attention.output.LayerNorm"), pair(f"{prefix}.output.LayerNorm")
+            self.layers.append((qkv, out, out_norm, up, down, down_norm))
+        self.answer = Linear(*pair("qa_outputs"))
 
-    def norm(self, x: torch.Tensor, weight_bias: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[1:], *weight_bias, self.epsilon)
-
-    def __call__(self, input_ids: torch.Tensor, segment_ids: torch.Tensor, positions: torch.Tensor,
-                 lengths: list[int]) -> torch.Tensor:
-        """Logits fp32 (T, 2) of T packed tokens: the first three are int (T,), `lengths` a list of ints."""
-        x = self.words[input_ids] + self.positions[positions] + self.types[segment_ids]
-        x = self.norm(x, self.embedding_norm)
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the logits of the batch's T tokens, fp32 (T, 2)."""
+        position_ids = np.broadcast_to(np.arange(batch.input_ids.shape[1], dtype=np.int32), batch.input_ids.shape)
+        arrays = (batch.input_ids, position_ids, batch.segment_ids)
+        words, positions, types = (torch.from_numpy(batch.packed(array)).to(self.device) for array in arrays)
+        lengths = batch.lengths.tolist()
+        x = self._norm(self.words[words] + self.positions[positions] + self.types[types], self.embedding_norm)
         tokens = len(x)
-        # filled up with the first token, whose rows are in every layer what they would have been
+        # Fill up with copies of the first token: they have its values in every layer, so no range of inputs changes.
         x = torch.cat((x, x[:1].expand(-tokens % self.rows, -1)))
         for qkv, out, out_norm, up, down, down_norm in self.layers:
-            x = self.norm(out.add(self.attention(qkv(x), self.heads, lengths), x), out_norm)
-            x = self.norm(down.add(up.gelu(x), x), down_norm)
+            x = self._norm(out(self.attention(qkv(x), self.heads, lengths), residual=x), out_norm)
+            x = self._norm(down(up(x, gelu=True), residual=x), down_norm)
         return self.answer(x[:tokens].float())
+
+    def _norm(self, x: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(x, x.shape[1:], *weight_bias, self.epsilon)

@@ -1,135 +1,107 @@
-"""The TensorFlow backend: runs a frozen graph of BERT for question answering."""
+"""The TensorFlow backend: run a frozen graph of BERT for question answering."""
 
-import argparse
 import os
-import sys
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices of processor and missing GPU
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices about the processor or a missing GPU
 
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 import config
+from backends import Backend, RunOptions
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
 
 INPUTS = ("input_ids:0", "input_mask:0", "segment_ids:0")  # int32 (batch, length)
+INPUT_SHAPES = [[batch, length] for batch in (None, 1) for length in (None, MAX_SEQ_LENGTH)]  # None: any size
 LOGITS = "logits:0"  # float32 (batch, length, 2)
-# Bytes from which on a constant becomes a variable. On its way into a session TensorFlow copies each constant some eight
-# times: BERT-Large's took 11.4 GB and 53 s to the first answer, as variables 3.3 GB and 16 s, at the same speed.
+REMEDY = "`make convert` writes graphs that fit"
+# Constants from this many bytes on become variables, because TensorFlow copies each constant about eight times when it
+# loads a graph: with constants, BERT-Large took 11.4 GB and 53 s to its first answer; with variables, 3.3 GB and 16 s
+# at the same speed.
 LARGE = 2**16
 
 
-def take_weights(definition: Any) -> dict[str, np.ndarray]:
-    """Turn a GraphDef's large constants into variables, and return their values, {name: array}.
+def constants_to_variables(definition: Any) -> tuple[dict[str, np.ndarray], dict[str, tf.Tensor]]:
+    """Remove the large constants of a GraphDef and add variables for them to the default graph.
 
-    What reads NAME reads the variable then; running "NAME/assign" with "NAME/value:0" fed gives it its value.
+    Returns ({name: value}, {name: tensor that replaces the constant}). Running "NAME/assign" with the value as
+    "NAME/value:0" initializes a variable.
     """
-    weights = {}
-    for node in list(definition.node):
-        if node.op != "Const" or node.attr["value"].ByteSize() < LARGE:
-            continue
-        weights[node.name] = value = tf.make_ndarray(node.attr["value"].tensor)
-        dtype, shape = node.attr["dtype"], tf.TensorShape(value.shape).as_proto()
-        del node.attr["value"]
-        node.op = "ReadVariableOp"
-        node.input.insert(0, f"{node.name}/handle")
-        handle = definition.node.add(name=f"{node.name}/handle", op="VarHandleOp")
-        handle.attr["shared_name"].s = node.name.encode()
-        fed = definition.node.add(name=f"{node.name}/value", op="Placeholder")
-        assign = definition.node.add(name=f"{node.name}/assign", op="AssignVariableOp", input=[handle.name, fed.name])
-        for new in (handle, fed, assign):
-            new.attr["dtype"].CopyFrom(dtype)
-        for new in (handle, fed):
-            new.attr["shape"].shape.CopyFrom(shape)
-    return weights
+    values, tensors = {}, {}
+    for node in definition.node:
+        if node.op == "Const" and node.attr["value"].ByteSize() >= LARGE:
+            name, dtype = node.name, node.attr["dtype"].type
+            values[name] = value = tf.make_ndarray(node.attr["value"].tensor)
+            handle = tf.raw_ops.VarHandleOp(dtype=dtype, shape=value.shape, shared_name=name, name=f"{name}/handle")
+            fed = tf.compat.v1.placeholder(dtype, value.shape, f"{name}/value")
+            tf.raw_ops.AssignVariableOp(resource=handle, value=fed, name=f"{name}/assign")
+            tensors[name] = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+            node.op = "NoOp"
+            node.ClearField("attr")
+    return values, tensors
 
 
 def read_graph(path: str) -> tuple[tf.Graph, dict[str, np.ndarray]]:
-    """Read a frozen graph: (tf.Graph, its weights, see `take_weights`).
+    """Read a frozen graph: (graph, {name: value} of its variables, see `constants_to_variables`).
 
-    Raises UserError where it is missing, damaged or not BERT's.
+    Raises UserError if the file is missing, damaged, or not a graph of BERT with inputs of a dynamic shape or (1, 384).
     """
+    config.require_model_file(path)
     definition = tf.compat.v1.GraphDef()
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, tf.Graph().as_default() as graph:
             definition.ParseFromString(file.read())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the model ({error.strerror}); `make setup` fetches BERT-Large's, "
-                        "ML_MODEL_FILE_WITH_PATH names another") from None
-    except DecodeError:
-        raise UserError(f"{path}: damaged or not a frozen TensorFlow graph; tf_freeze_bert.py makes one") from None
-    with tf.Graph().as_default() as graph:
-        try:
-            weights = take_weights(definition)
-            tf.import_graph_def(definition, name="")
-        except (ValueError, TypeError, tf.errors.OpError) as error:
-            raise UserError(f"{path}: TensorFlow cannot use the graph ({str(error).splitlines()[0]}); "
-                            "fetch it anew") from None
-    for name in (*INPUTS, LOGITS):
-        try:
-            graph.get_tensor_by_name(name)
-        except KeyError:
-            raise UserError(f"{path}: the graph has no tensor {name}; tf_freeze_bert.py makes one that has") from None
-    return graph, weights
+            values, tensors = constants_to_variables(definition)
+            tf.import_graph_def(definition, tensors, name="")
+        *inputs, _ = (graph.get_tensor_by_name(name) for name in (*INPUTS, LOGITS))
+    except (OSError, DecodeError, ValueError, TypeError, KeyError, tf.errors.OpError) as error:
+        reason = config.first_line(error)
+        raise UserError(f"{path}: damaged or not a frozen TensorFlow graph of BERT ({reason}); {REMEDY}") from None
+    shapes = [tensor.shape for tensor in inputs]
+    if shapes != 3 * shapes[:1] or not shapes[0].rank or shapes[0].as_list() not in INPUT_SHAPES:
+        found, expected = ", ".join(map(str, shapes)), f"dynamic ones or (1, {MAX_SEQ_LENGTH})"
+        raise UserError(f"{path}: the inputs' shapes are {found}, expected {expected}; {REMEDY}")
+    return graph, values
 
 
-def fixed_sizes(path: str, graph: tf.Graph) -> tuple[int | None, bool]:
-    """(length, one by one) of the graph's inputs: the length in tokens or None where any will do, a batch of 1 only.
+class TensorFlowBackend(Backend):
+    """BERT in TensorFlow, on a GPU if there is one that USE_GPU allows, else on the CPU."""
 
-    Raises UserError where the inputs are too short for the features, or take batches of another fixed size.
-    """
-    shapes = [graph.get_tensor_by_name(name).shape for name in INPUTS]
-    sizes: list[int | None] = shapes[0].as_list() if shapes[0].rank == 2 else []
-    if shapes != shapes[:1] * 3 or len(sizes) != 2 or sizes[0] not in (None, 1) or \
-            sizes[1] not in (None, MAX_SEQ_LENGTH):
-        raise UserError(f"{path}: the graph's inputs are {', '.join(map(str, shapes))}; (1, {MAX_SEQ_LENGTH}) or "
-                        "dynamic ones are needed, tf_freeze_bert.py makes them")
-    return sizes[1], sizes[0] == 1
-
-
-class TensorFlowBackend:
-    """BERT in TensorFlow, on a GPU where there is one that USE_GPU allows, else on the CPU."""
-
-    vocab_size = sys.maxsize  # the file does not say; an unknown token fails in `predict`
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        """`args` are run.py's. Raises UserError where the model cannot be used."""
-        self.path = path = config.env("ML_MODEL_FILE_WITH_PATH", config.TF_MODEL)
+    def __init__(self, options: RunOptions) -> None:
+        self.model_path = config.model_path("tf", options.dtype)
         gpu = config.use_gpu() and bool(tf.config.list_physical_devices("GPU"))
-        intra, inter = (config.env_threads(f"TF_{name}_OP_PARALLELISM_THREADS") for name in ("INTRA", "INTER"))
-        side_by_side = config.side_by_side(args) and not gpu and not intra
-        self.workers = config.threads() if side_by_side else 1
+        intra = config.thread_limit("TF_INTRA_OP_PARALLELISM_THREADS")
+        inter = config.thread_limit("TF_INTER_OP_PARALLELISM_THREADS")
+        threads = intra or config.thread_limit("MLC_MAX_NUM_THREADS") or 0  # 0: one per core
+        if options.one_batch_per_core and not gpu and not intra:
+            self.concurrency, threads = config.threads(), 1
         settings = tf.compat.v1.ConfigProto(
-            intra_op_parallelism_threads=1 if side_by_side else intra or config.env_threads("MLC_MAX_NUM_THREADS") or 0,
-            inter_op_parallelism_threads=inter or self.workers)
-        if not gpu:
-            settings.device_count["GPU"] = 0
-        graph, weights = read_graph(path)
-        self.length, one_by_one = fixed_sizes(path, graph)
-        if args.reference:
-            self.length = MAX_SEQ_LENGTH
-        # On a CPU padding costs more than it gains, and what a product adds first depends on its number of rows.
-        self.together = "one" if one_by_one or args.reference or not gpu else "any"
+            intra_op_parallelism_threads=threads,
+            inter_op_parallelism_threads=inter or self.concurrency,
+            device_count={} if gpu else {"GPU": 0},
+        )
+        graph, values = read_graph(self.model_path)
+        batch_size, length = graph.get_tensor_by_name(INPUTS[0]).shape
+        self.length = MAX_SEQ_LENGTH if options.reference else length  # None: that of the batch's longest sample
+        # On a CPU padding costs more than a batch gains, and the order in which a product adds depends on its rows.
+        if batch_size == 1 or options.reference or not gpu:
+            self.batch_policy = "single"
         session = tf.compat.v1.Session(graph=graph, config=settings)
-        for name in list(weights):
-            session.run(f"{name}/assign", {f"{name}/value:0": weights.pop(name)})
+        for name in list(values):
+            session.run(f"{name}/assign", {f"{name}/value:0": values.pop(name)})
         self.call = session.make_callable(LOGITS, feed_list=list(INPUTS))
         self.name = f"TensorFlow {tf.__version__}, {'cuda' if gpu else 'cpu'}, fp32"
 
     def predict(self, batch: Batch) -> np.ndarray:
-        """The logits of a `squad_QSL.Batch`, float32 (tokens, 2). Raises UserError where the graph cannot take it."""
-        return batch.packed(self.logits(batch))
-
-    def logits(self, batch: Batch) -> np.ndarray:
-        """The logits of a `squad_QSL.Batch` as one call of the graph gives them, float32 (B, L, 2)."""
+        """Return the logits of every token, float32 (tokens, 2). Raises UserError if the graph cannot run the batch."""
         longest = batch.input_ids.shape[1]
         try:
-            logits: np.ndarray = self.call(*batch.padded_to(self.length or longest))[:, :longest]
+            logits = self.call(*batch.padded_to(self.length or longest))
         except tf.errors.OpError as error:
-            raise UserError(f"{self.path}: TensorFlow cannot run the graph ({str(error).splitlines()[0]}); "
-                            "the model must fit the vocabulary of VOCAB_FILE") from None
-        return logits
+            reason = config.first_line(error)
+            raise UserError(f"{self.model_path}: TensorFlow cannot run it ({reason}); check VOCAB_FILE") from None
+        return batch.packed(logits[:, :longest])

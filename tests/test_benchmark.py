@@ -1,42 +1,91 @@
-"""benchmark.py: its arithmetic, a quick run on the demo's model, and what it cannot measure. No speed is tested."""
+"""tools/benchmark.py: arithmetic, a quick run on the demo's model, and what it cannot measure; no speed is tested."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import fails
+from helpers import fails, refused
 
-from benchmark import flops, spread_samples
+from tools.benchmark import convert_model, flops, parse_args, ratios, spread_samples
 
 
-def test_flops_are_those_of_the_products():
-    """A layer's four (hidden, hidden) and two (hidden, inner) products, and the two within attention, for each token."""
-    sizes = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 3}
+def test_flops_are_those_of_the_matrix_products():
+    """A layer has four (hidden, hidden) and two (hidden, inner) products, and two within attention, for each token."""
+    bert_config = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 3}
     expected = sum(3 * (2 * length * (4 * 8 * 8 + 2 * 8 * 32) + 2 * 2 * length * length * 8) for length in (5, 7))
-    assert flops(sizes, [5, 7]) == expected
+    assert flops(bert_config, [5, 7]) == expected
 
 
 @pytest.mark.parametrize("group", [1, 4])
-def test_samples_are_spread_as_the_lengths_are(group):
+def test_samples_are_distributed_as_the_lengths_are(group):
     lengths = np.random.default_rng(0).permutation(np.arange(1000))
     rows = spread_samples(lengths, 40, group)
     assert len(set(rows.tolist())) == 40
     assert abs(lengths[rows].mean() - 499.5) < 20 and abs(np.percentile(lengths[rows], 90) - 900) < 60
 
 
-def test_a_quick_run_gives_a_row_for_each_run_and_its_yardstick(script, tmp_path):
-    result = script("benchmark.py", "--quick", "--runs", "pytorch:fp32", "pytorch:bf16")
+def test_ratios_are_those_of_each_round():
+    assert ratios([2, 9, 8], [1, 3, 2]) == "3.00 (2.00 to 4.00)"
+
+
+def test_a_model_is_converted_once_into_the_form_that_a_backend_reads(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, env, check):
+        path = command[-1] + (".index" if "convert.pytorch_to_tf" in command else "")
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+        commands.append(command[2])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.run", run)
+    assert convert_model("pytorch", "bf16", "models/tiny") == "models/tiny"
+    for _ in range(2):
+        assert convert_model("tf", "fp32", "models/tiny") == "build/benchmark/tiny-model.pb"
+        assert convert_model("onnxruntime", "int8", "models/tiny/") == "build/benchmark/tiny-int8.onnx"
+        assert convert_model("openvino", "bf16", "models/tiny") == "build/benchmark/tiny-model.onnx"
+    converters = ["pytorch_to_tf", "freeze_tf", "pytorch_to_onnx", "quantize_onnx"]
+    assert commands == [f"convert.{name}" for name in converters]
+
+
+def test_a_conversion_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", "false")
+    with refused("tiny-model.onnx", "convert.pytorch_to_onnx failed", "make venv"):
+        convert_model("onnxruntime", "fp32", "models/tiny")
+
+
+def test_a_dtype_that_a_backend_does_not_have_is_refused(monkeypatch, capsys):
+    for run in ("pytorch:int4", "tf:bf16", "pytorch"):
+        monkeypatch.setattr("sys.argv", ["benchmark.py", "--runs", run])
+        with pytest.raises(SystemExit):
+            parse_args()
+        assert f"'{run}'" in capsys.readouterr().err
+
+
+def test_the_number_of_rounds_has_two_names(monkeypatch):
+    for flag in ("--rounds", "--turns"):
+        monkeypatch.setattr("sys.argv", ["benchmark.py", flag, "7"])
+        assert parse_args().rounds == 7
+
+
+@pytest.mark.slow
+def test_a_quick_run_gives_a_row_for_each_run_and_its_baseline(script, tmp_path):
+    result = script("tools.benchmark", "--quick", "--runs", "pytorch:fp32")
     assert result.returncode == 0, result.stderr
     assert "other logits" not in result.stderr  # in Offline than in SingleStream
     saved = json.loads((tmp_path / "build/benchmark/table.json").read_text())
-    rows = {row["run"]: row for row in saved["rows"]}
-    assert list(rows) == ["pytorch:reference", "pytorch:fp32", "pytorch:bf16"]
-    assert rows["pytorch:reference"]["x reference (min to max)"] == "1.00 (1.00 to 1.00)"
-    assert all(float(row["samples/s"]) > 0 for row in rows.values())
-    assert all(name in result.stdout for name in rows) and "bare products: " in result.stdout
+    baseline, fp32 = saved["rows"]
+    assert (baseline["run"], fp32["run"]) == ("pytorch:reference", "pytorch:fp32")
+    assert baseline["x baseline (min to max)"] == "1.00 (1.00 to 1.00)"
+    assert all(float(row["samples/s"]) > 0 and float(row["% of peak GEMM"]) >= 0 for row in saved["rows"])
+    assert 0 <= float(fp32["F1"]) <= 100
+    assert "pytorch:reference" in result.stdout and "peak GEMM: " in result.stdout
     assert (tmp_path / "build/benchmark/table.md").read_text() in result.stdout
 
 
-def test_what_cannot_be_measured_is_named(script):
-    fails(script("benchmark.py", "--runs", "pytorch:int4"), "pytorch:int4", "BACKEND:DTYPE")
-    fails(script("benchmark.py", "--quick", "--runs", "tf:bf16", ML_MODEL_FILE_WITH_PATH="nowhere"), "nowhere")
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_named(script):
+    fails(script("tools.benchmark", "--quick", "--runs", "pytorch:fp32", ML_MODEL_FILE_WITH_PATH="nowhere"), "nowhere")

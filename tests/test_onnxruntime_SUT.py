@@ -1,33 +1,38 @@
-"""The ONNX Runtime backend: every form of file, the same bytes in every batch, files that cannot be used."""
+"""The ONNX Runtime backend: all forms of a file, the same bytes in every batch, files that cannot be used."""
 
 import json
 
 import numpy as np
 import pytest
-from conftest import arguments, predict, random_batch, refused, samples
+from helpers import predict, random_batch, refused, samples
 
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+import onnx
+import onnxruntime
 from onnx import TensorProto, helper
 
 import onnxruntime_SUT
-from bert_pytorch_to_onnx import INPUTS, OUTPUTS, write_model
-from onnxruntime_SUT import OnnxRuntimeBackend
-from pytorch_SUT import PyTorchBackend
+from backends import RunOptions, load_backend
+from config import ONNX_INPUTS
+from convert.pytorch_to_onnx import INPUTS, OUTPUTS, write_model
+
+CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """The backend on a file: load(path, NAME=value), with run.py's arguments as `args`."""
-    def call(path, backend=OnnxRuntimeBackend, args=None, **variables):
-        for name, value in {"ML_MODEL_FILE_WITH_PATH": str(path), **variables}.items():
-            monkeypatch.setenv(name, value)
-        return backend(args or arguments())
+    """Return a function that loads a backend on a model file, with these `RunOptions`."""
+
+    def call(path, backend="onnxruntime", **options):
+        monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", str(path))
+        return load_backend(RunOptions(backend=backend, **options))
+
     return call
 
 
-def variant(model, names=INPUTS, batch=None, kind=None):
-    """A copy of `model` with other input names, a fixed batch, int32 inputs."""
+def variant(model, names=INPUTS, batch=None, dtype=None):
+    """Return a copy of `model` with other input names, a fixed batch size or another input type."""
     model = onnx.ModelProto.FromString(model.SerializeToString())
     renamed = dict(zip(INPUTS, names))
     for node in model.graph.node:
@@ -36,39 +41,67 @@ def variant(model, names=INPUTS, batch=None, kind=None):
         value.name = renamed[value.name]
         if batch:
             value.type.tensor_type.shape.dim[0].dim_value = batch
-        if kind:
-            value.type.tensor_type.elem_type = kind
+        if dtype:
+            value.type.tensor_type.elem_type = dtype
     return model
 
 
-@pytest.mark.parametrize("name, changes", [
-    ("model", {}), ("published", {}), ("published", {"batch": 1}), ("model", {"kind": TensorProto.INT32}),
-    ("model", {"names": ("input_ids", "attention_mask", "token_type_ids")})])
-def test_every_form_gives_pytorchs_logits(load, tiny, tmp_path, name, changes):
+@pytest.mark.parametrize(
+    "name, changes, policy",
+    [
+        ("model", {}, "same_length"),
+        ("published", {}, "same_length"),
+        ("published", {"batch": 1}, "single"),
+        ("model", {"dtype": TensorProto.INT32}, "same_length"),
+        ("model", {"names": ONNX_INPUTS[1]}, "same_length"),
+    ],
+)
+def test_every_form_of_a_file_gives_pytorchs_logits(load, tiny, tmp_path, name, changes, policy):
     write_model(str(tmp_path / "model.onnx"), variant(onnx.load(tiny.folder / f"{name}.onnx"), **changes))
     batch = random_batch(384, 7, 150, 150)
-    expected = predict(load(tiny.folder / "model", PyTorchBackend), batch)
-    logits = predict(load(tmp_path / "model.onnx"), batch)
+    expected = predict(load(tiny.folder / "model", "pytorch"), batch)
+    backend = load(tmp_path / "model.onnx")
+    logits = predict(backend, batch)
     assert logits.dtype == np.float32 and logits.shape == expected.shape
     assert np.abs(logits - expected).max() < 1e-4
+    assert backend.batch_policy == policy
+    assert backend.model_path == str(tmp_path / "model.onnx")
+
+
+def test_reference_pads_single_samples(load, tiny):
+    backend = load(tiny.folder / "model.onnx", reference=True)
+    assert backend.batch_policy == "single"
+    published = load(tiny.folder / "published.onnx", scenario="SingleStream")
+    batch = random_batch(90)
+    assert np.abs(backend.predict(batch) - published.predict(batch)).max() < 1e-6
+
+
+@pytest.mark.parametrize("scenario, threads", [("Offline", 3), ("SingleStream", 1)])
+def test_only_offline_runs_one_batch_per_core(load, tiny, monkeypatch, scenario, threads):
+    monkeypatch.setenv("MLC_MAX_NUM_THREADS", "3")
+    assert load(tiny.folder / "model.onnx", scenario=scenario).concurrency == threads
 
 
 def test_weights_in_a_second_file_are_read(load, tiny, tmp_path, monkeypatch):
-    """What a model over protobuf's 2 GB needs."""
-    monkeypatch.setattr("bert_pytorch_to_onnx.ONE_FILE_BYTES", 1000)
-    for _ in range(2):
+    """A model over protobuf's 2 GB needs one."""
+    monkeypatch.setattr("convert.pytorch_to_onnx.ONE_FILE_BYTES", 1000)
+    for _ in range(2):  # the second time, the second file is replaced
         write_model(str(tmp_path / "model.onnx"), onnx.load(tiny.folder / "model.onnx"))
-    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "model.onnx.data").stat().st_size \
-        < (tiny.folder / "model.onnx").stat().st_size
+    one_file, first, second = (
+        path.stat().st_size
+        for path in (tiny.folder / "model.onnx", tmp_path / "model.onnx", tmp_path / "model.onnx.data")
+    )
+    assert first < second < one_file
     batch = random_batch(30)
-    assert np.array_equal(predict(load(tmp_path / "model.onnx"), batch), predict(load(tiny.folder / "model.onnx"), batch))
+    expected = predict(load(tiny.folder / "model.onnx"), batch)
+    assert np.array_equal(predict(load(tmp_path / "model.onnx"), batch), expected)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "published.onnx"])
 @pytest.mark.parametrize("length", [5, 64, 90, 150, 384])
 def test_a_samples_logits_are_the_same_bytes_beside_others_of_its_length(load, tiny, name, length):
     backend = load(tiny.folder / name)
-    assert backend.together == "equal"
+    assert backend.batch_policy == "same_length"
     for size in (1, 2, 5):
         batch = random_batch(*size * [length])
         alone = [backend.predict(sample) for sample in samples(batch)]
@@ -76,70 +109,88 @@ def test_a_samples_logits_are_the_same_bytes_beside_others_of_its_length(load, t
 
 
 def test_a_padded_batch_gives_the_same_logits(load, tiny):
-    """What a GPU computes."""
+    """As a GPU computes it."""
     backend = load(tiny.folder / "model.onnx")
     batch = random_batch(90, 384, 5)
     expected = predict(backend, batch)
     assert np.abs(backend.predict(batch) - expected).max() < 1e-4
 
 
-def test_the_provider_is_the_preferred_one_where_it_is_there_and_allowed(monkeypatch):
-    there = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
-    preferred = "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER"
-    assert onnxruntime_SUT.providers() == ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    for name, expected in (("TensorrtExecutionProvider", ["TensorrtExecutionProvider", "CPUExecutionProvider"]),
-                           ("CPUExecutionProvider", ["CPUExecutionProvider"]),
-                           ("AbsentExecutionProvider", ["CPUExecutionProvider"])):
-        monkeypatch.setenv(preferred, name)
-        assert onnxruntime_SUT.providers() == expected
-    monkeypatch.delenv(preferred)
-    monkeypatch.setenv("USE_GPU", "off")
-    assert onnxruntime_SUT.providers() == ["CPUExecutionProvider"]
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, [CUDA, CPU]),
+        ({"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": TENSORRT}, [TENSORRT, CPU]),
+        ({"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": CPU}, [CPU]),
+        ({"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": "AbsentProvider"}, [CPU]),
+        ({"USE_GPU": "off"}, [CPU]),
+        ({"USE_GPU": "off", "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": TENSORRT}, [CPU]),
+    ],
+)
+def test_the_preferred_provider_is_used_if_it_is_available_and_allowed(monkeypatch, caplog, variables, expected):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert onnxruntime_SUT.providers() == expected
+    assert ("AbsentProvider" in caplog.text) == ("AbsentProvider" in variables.values())
 
 
-def test_the_profile_is_written_and_named(load, tiny, tmp_path, capsys):
-    backend = load(tiny.folder / "model.onnx", args=arguments(profile=True), LOG_PATH=str(tmp_path))
-    backend.predict(random_batch(20))
-    backend.end_profile()
-    profile, = tmp_path.glob("onnxruntime_profile*.json")
-    assert str(profile) in capsys.readouterr().err
+def test_the_profile_is_written_and_named_at_the_end(load, tiny, tmp_path, monkeypatch, caplog):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    monkeypatch.setenv("LOG_PATH", str(tmp_path))
+    load(tiny.folder / "model.onnx", profile=True).predict(random_batch(20))
+    with caplog.at_level("INFO"):
+        at_exit[0]()
+    (profile,) = tmp_path.glob("onnxruntime_profile*.json")
+    assert str(profile) in caplog.text
     assert any(event["name"].startswith("MatMul") for event in json.loads(profile.read_text()))
 
 
-def model_of(tmp_path, names=INPUTS, outputs=OUTPUTS, kind=TensorProto.INT64, shape=("batch", "length")):
-    """An ONNX file that puts out its first input as logits."""
+def foreign_model(path, names=INPUTS, outputs=OUTPUTS, dtype=TensorProto.INT64, shape=("batch", "length")):
+    """Write an ONNX file that returns its first input as logits."""
     nodes = [helper.make_node("Cast", names[:1], [name], to=TensorProto.FLOAT) for name in outputs]
-    graph = helper.make_graph(nodes, "bad", [helper.make_tensor_value_info(name, kind, shape) for name in names],
-                              [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in outputs])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, tmp_path / "bad.onnx")
-    return tmp_path / "bad.onnx"
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info(name, dtype, shape) for name in names],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in outputs],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"names": ("input_ids", "mask", "segments")}, ["inputs are input_ids, mask, segments"]),
-    ({"names": ("input_ids", "input_mask")}, ["inputs are input_ids, input_mask"]),
-    ({"kind": TensorProto.FLOAT}, ["tensor(float)"]), ({"shape": ("batch", 128)}, ["128", "384"]),
-    ({"shape": (8, 384)}, ["(8, 384)"]), ({"shape": (384,)}, ["(384,)"]),
-    ({"outputs": ("logits",)}, ["outputs are logits"]), ({"outputs": ("a", "b", "c")}, ["outputs are a"])])
-def test_a_model_that_is_not_berts_is_named(load, tmp_path, changes, words):
-    with refused("bad.onnx", "bert_tf_to_pytorch.py", *words):
-        load(model_of(tmp_path, **changes))
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"names": ("input_ids", "mask", "segments")}, ["inputs are input_ids, mask, segments"]),
+        ({"names": ("input_ids", "input_mask")}, ["inputs are input_ids, input_mask"]),
+        ({"dtype": TensorProto.FLOAT}, ["tensor(float)", "int64"]),
+        ({"shape": ("batch", 128)}, ["128", "384"]),
+        ({"shape": (8, 384)}, ["[8, 384]"]),
+        ({"shape": (384,)}, ["[384]"]),
+        ({"outputs": ("logits",)}, ["outputs are logits"]),
+        ({"outputs": ("a", "b", "c")}, ["outputs are a"]),
+    ],
+)
+def test_a_model_that_is_not_berts_is_refused(load, tmp_path, changes, words):
+    with refused("foreign.onnx", "make convert", *words):
+        load(foreign_model(tmp_path / "foreign.onnx", **changes))
 
 
-def test_a_file_that_is_no_model_is_named(load, tiny, tmp_path):
+def test_a_file_that_is_not_an_onnx_model_is_refused(load, tiny, tmp_path):
     whole = (tiny.folder / "model.onnx").read_bytes()
-    for content in (b"a text\n", b"", whole[:len(whole) // 2]):
+    for content in (b"a text\n", b"", whole[: len(whole) // 2]):
         (tmp_path / "bad.onnx").write_bytes(content)
-        with refused("bad.onnx", "bert_tf_to_pytorch.py"):
+        with refused("bad.onnx", "make convert"):
             load(tmp_path / "bad.onnx")
     for path in (tmp_path / "nowhere.onnx", tmp_path):
         with refused(str(path), "ML_MODEL_FILE_WITH_PATH"):
             load(path)
 
 
-def test_a_token_that_the_model_does_not_know_is_named(load, tiny):
+def test_a_token_that_the_model_does_not_know_is_refused(load, tiny):
     backend = load(tiny.folder / "model.onnx")
+    assert backend.vocab_size is None
     with refused("model.onnx", "VOCAB_FILE"):
         backend.predict(random_batch(100, vocab_size=1000))

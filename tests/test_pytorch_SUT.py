@@ -1,133 +1,103 @@
-"""PyTorch's model files: what is read, and how one that cannot be used is named."""
-
-import json
-import pickle
+"""The PyTorch backend: the same bits in every batch, close to the baseline in every dtype."""
 
 import numpy as np
 import pytest
-from conftest import ROOT, fails
+from helpers import DEMO_ENV, random_batch, random_bert, refused, samples
 
-import config
+pytest.importorskip("torch")
+import torch
 
-torch = pytest.importorskip("torch")
-from safetensors.torch import load_file, save_file
+import packed_bert
+import pytorch_SUT
+from backends import RunOptions
+from convert.calibration import input_ranges
+from pytorch_SUT import PyTorchBackend, PyTorchReference, cpu_runs
 
-from pytorch_SUT import read_weights, weight_shapes
+
+@pytest.fixture(params=["fp32", "bf16", "int8"])
+def dtype(request):
+    if not cpu_runs(request.param):
+        pytest.skip(f"this processor has no {request.param} instructions")
+    return request.param
 
 
 @pytest.fixture
-def demo():
-    """The demo's model: (sizes, {name: tensor})."""
-    return read_weights(str(ROOT / "demo/model"))
+def load(tmp_path, monkeypatch):
+    """Return a function that loads the backend in a dtype with a BERT of random weights."""
+    monkeypatch.chdir(tmp_path)
+    random_bert(tmp_path / "model")
+    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "model")
+
+    def load(dtype):
+        ranges = input_ranges("model", [random_batch(60, 30), random_batch(384)]) if dtype == "int8" else None
+        return PyTorchBackend(RunOptions(dtype=dtype), ranges)
+
+    return load
 
 
-@pytest.fixture
-def run(script, tmp_path):
-    """An accuracy run of a few samples with the model file `model`."""
-    (tmp_path / "user.conf").write_text("")
-    return lambda model: script("run.py", "--backend=pytorch", "--accuracy", "--max_examples=20",
-                                ML_MODEL_FILE_WITH_PATH=model)
+def test_a_sample_has_the_same_logits_bit_for_bit_in_every_batch(load, dtype):
+    backend = load(dtype)
+    batch = random_batch(90, 384, 5, 90, 3, 200)
+    parts = np.split(backend.predict(batch), np.cumsum(batch.lengths)[:-1])
+    for logits, sample in zip(parts, samples(batch)):
+        assert logits.tobytes() == backend.predict(sample).tobytes()
 
 
-def test_a_state_dict_gives_what_the_folder_gives(run, demo, tmp_path):
-    """With its sizes from the bert_config.json beside it, in torch's new form and its old one."""
-    sizes, weights = demo
-    expected = run(ROOT / "demo/model").stdout.splitlines()[-1]
-    (tmp_path / "bert_config.json").write_text(json.dumps(sizes))
-    for new in (True, False):
-        torch.save(weights, tmp_path / "model.pytorch", _use_new_zipfile_serialization=new)
-        result = run("model.pytorch")
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines()[-1] == expected
+def test_a_concurrency_changes_no_bit(load):
+    backend = load("fp32")
+    batch = random_batch(90, 384)
+    expected = backend.predict(batch)
+    threads = torch.get_num_threads()
+    backend.set_concurrency(backend.max_concurrency)
+    assert backend.predict(batch).tobytes() == expected.tobytes()
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
 
 
-def test_pooler_and_position_ids_are_passed_over(run, demo, tmp_path):
-    sizes, weights = demo
-    hidden = sizes["hidden_size"]
-    extra = {"bert.pooler.dense.weight": torch.zeros(hidden, hidden), "bert.pooler.dense.bias": torch.zeros(hidden),
-             "bert.embeddings.position_ids": torch.arange(512)[None]}
-    torch.save({**weights, **extra}, tmp_path / "model.pytorch")
-    (tmp_path / "bert_config.json").write_text(json.dumps(sizes))
-    assert run("model.pytorch").returncode == 0
+def test_filling_up_rows_changes_no_logits(load, dtype, monkeypatch):
+    batch = random_batch(90, 37, 3)
+    filled = load(dtype).predict(batch)
+    monkeypatch.setattr(packed_bert, "ROWS", 1)
+    tolerance = {"fp32": 0, "bf16": 0.02, "int8": 0.02}[dtype]  # attention in bf16 rounds in another order
+    assert np.abs(load(dtype).predict(batch) - filled).max() <= tolerance
 
 
-def test_without_sizes_beside_it_a_state_dict_is_bert_large(run, demo, tmp_path):
-    torch.save(demo[1], tmp_path / "model.pytorch")
-    fails(run("model.pytorch"), "model.pytorch", config.BERT_CONFIG)
+def test_every_dtype_stays_close_to_the_baseline(load, dtype):
+    pytest.importorskip("transformers")
+    batch = random_batch(384, 100, 7)
+    logits = load(dtype).predict(batch)
+    baseline = PyTorchReference(RunOptions(reference=True))
+    expected = np.concatenate([baseline.predict(sample) for sample in samples(batch)])
+    share = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.1}[dtype]
+    assert np.abs(logits - expected).max() < share * np.abs(expected).max()
 
 
-def test_bert_large_has_its_published_size():
-    with open(config.BERT_CONFIG, encoding="utf-8") as file:
-        shapes = weight_shapes(json.load(file))
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 334_094_338
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
+def test_a_dtype_that_the_processor_lacks_runs_in_fp32_with_a_notice(load, monkeypatch, caplog, dtype):
+    monkeypatch.setattr(pytorch_SUT, "cpu_runs", lambda dtype: dtype == "fp32")
+    backend = load(dtype)
+    assert f"no {dtype} instructions; running in fp32" in caplog.text
+    assert backend.name.endswith("fp32")
+    assert (backend.predict(random_batch(20)) == load("fp32").predict(random_batch(20))).all()
 
 
-def test_half_precision_weights_are_read_as_float32(demo, tmp_path):
-    save_file({name: tensor.half() for name, tensor in demo[1].items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(demo[0]))
-    _, weights = read_weights(str(tmp_path))
-    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+def test_int8_calibrates_itself_unless_it_is_given_ranges(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pytorch_SUT, "cpu_runs", lambda dtype: True)  # without instructions for it oneDNN is slow
+    random_bert(tmp_path / "model", vocab_size=2400)
+    (tmp_path / "list.txt").write_text("0\n1\n2\n")
+    files = {"ML_MODEL_FILE_WITH_PATH": "model", "CALIBRATION_FILE": "list.txt"}
+    for name, value in {**DEMO_ENV, **files}.items():
+        monkeypatch.setenv(name, value)
+    options = RunOptions(dtype="int8")
+    batch = random_batch(20, 9)
+    expected = PyTorchBackend(options).predict(batch)
+    given = PyTorchBackend.prepare(options)
+    monkeypatch.setenv("DATASET_FILE", "none")
+    assert PyTorchBackend(options, **given).predict(batch).tobytes() == expected.tobytes()
+    with refused("none", "data set"):
+        PyTorchBackend(options)
 
 
-QUERY = "bert.encoder.layer.0.attention.self.query.weight"
-
-
-def broken(fault):
-    """The demo's weights with one fault."""
-    weights = load_file(ROOT / "demo/model/model.safetensors")
-    if fault == "missing":
-        del weights[QUERY]
-    elif fault == "misshapen":
-        weights[QUERY] = weights[QUERY][:-1]
-    elif fault == "unknown":
-        weights["bert.encoder.layer.99.output.dense.weight"] = torch.zeros(1)
-    elif fault == "NaN":
-        weights[QUERY][0, 0] = torch.nan
-    return weights
-
-
-@pytest.mark.parametrize("fault, words", [
-    ("missing", f"{QUERY} is missing"), ("misshapen", f"{QUERY} is ("), ("NaN", f"{QUERY} holds NaN"),
-    ("unknown", "bert.encoder.layer.99.output.dense.weight is not BERT's")])
-def test_a_weight_that_does_not_fit_is_named(run, demo, tmp_path, fault, words):
-    (tmp_path / "config.json").write_text(json.dumps(demo[0]))
-    save_file(broken(fault), tmp_path / "model.safetensors")
-    fails(run(tmp_path), "model.safetensors", words)
-
-
-class Intruder:
-    """What a hostile pickle holds: code to run on loading."""
-
-    def __reduce__(self):
-        return open, ("intruded", "w")
-
-
-def test_a_pickle_that_would_run_code_is_refused(run, tmp_path):
-    for name, save in (("new.pytorch", torch.save), ("old.pytorch", lambda x, f: f.write_bytes(pickle.dumps(x)))):
-        save({"weight": Intruder()}, tmp_path / name)
-        fails(run(name), name)
-    assert not (tmp_path / "intruded").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"just text\n", b"PK\x03\x04 cut off", b"\x80\x02"])
-def test_a_file_that_is_no_model_is_named(run, tmp_path, content):
-    (tmp_path / "model.pytorch").write_bytes(content)
-    fails(run("model.pytorch"), "model.pytorch")
-    (tmp_path / "config.json").write_text((ROOT / "demo/model/config.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes(content)
-    fails(run(tmp_path), "model.safetensors")
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"hidden_size": None}, "hidden_size"), ({"num_attention_heads": 7}, "num_attention_heads 7"),
-    ({"hidden_act": "relu"}, "relu"), ({"model_type": "roberta"}, "roberta"), ({"num_hidden_layers": 1}, "is not BERT's")])
-def test_a_configuration_that_does_not_fit_is_named(run, demo, tmp_path, change, words):
-    (tmp_path / "config.json").write_text(json.dumps({**demo[0], **change}))
-    save_file(broken(None), tmp_path / "model.safetensors")
-    fails(run(tmp_path), "config.json", words)
-
-
-def test_a_folder_without_a_model_is_named(run, tmp_path):
-    fails(run(tmp_path), "model.safetensors")
-    save_file(broken(None), tmp_path / "model.safetensors")
-    fails(run(tmp_path), "config.json")
+def test_only_int8_needs_preparation(load):
+    assert PyTorchBackend.prepare(RunOptions(dtype="bf16")) == {}

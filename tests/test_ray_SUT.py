@@ -1,5 +1,6 @@
-"""The Ray backend on a local cluster and on two nodes, through run.py, with the demo's model: scores, losses, faults."""
+"""The Ray backend on a local cluster and on two nodes, with the demo's model: responses, lost actors, faults."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -12,31 +13,62 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import DEMO_ENV, ROOT, fails
-from test_run import CONF, responses
+from helpers import DEMO_ENV, ROOT, SHORT_RUNS, random_batch, refused, run_script, running
+from servers import responses
 
-pytest.importorskip("ray")
+from backends import Backend, RunOptions
+
+if not importlib.util.find_spec("ray"):  # imported by `driver`, because Ray reads its variables then
+    pytest.skip("the package ray is absent", allow_module_level=True)
+pytestmark = pytest.mark.slow
+
+CONF = SHORT_RUNS.replace("Server.target_qps = 40", "Server.target_qps = 200")
+# run.py with another backend on the actors: PyTorch's, whose `predict` first executes BODY, except for one sample (the
+# warm-up).
+SCRIPT = f"""\
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import backends, config, run
+from pytorch_SUT import PyTorchBackend
+
+class Fake(PyTorchBackend):
+    def predict(self, batch):
+        if len(batch) > 1:
+            BODY
+        return super().predict(batch)
+
+backends.BACKENDS["pytorch"] = backends.Entry("__main__", "Fake", ("fp32",))
+config.run_command(run.main)
+"""
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """RAY_ADDRESS and so on of a cluster of two nodes of one core, each on a loopback address of its own."""
-    folder = tempfile.mkdtemp(prefix="ray-")  # sockets lie in it, whose paths must be short
+    """Return the variables (RAY_ADDRESS, …) of a cluster of two nodes of one core, each on its own loopback address."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # it holds sockets, whose paths must be short
     with socket.create_server(("127.0.0.2", 0)) as server:
         address = f"127.0.0.2:{server.getsockname()[1]}"
     variables = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
-    common = ["--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+    common = "--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"
+    port = address.split(":")[1]
+    head = (
+        "--node-ip-address=127.0.0.2",
+        "--head",
+        f"--port={port}",
+        f"--temp-dir={folder}",
+        "--include-dashboard=false",
+    )
     nodes = []
     try:
-        for ip, args in (("127.0.0.2", ["--head", f"--port={address.split(':')[1]}", f"--temp-dir={folder}",
-                                        "--include-dashboard=false"]),
-                         ("127.0.0.3", [f"--address={address}"])):
-            nodes.append(subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={ip}", *args, *common],
-                env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-            while "--block" not in (line := nodes[-1].stdout.readline()):
-                assert line, "ray start failed"
+        for args in (head, ("--node-ip-address=127.0.0.3", f"--address={address}")):
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", *args, *common]
+            env = {**os.environ, **variables}
+            nodes.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
+            assert any("--block" in line for line in nodes[-1].stdout), "ray start failed"
         yield variables
     finally:
         for node in reversed(nodes):
@@ -46,20 +78,27 @@ def cluster():
 
 
 @pytest.fixture
-def run(script, tmp_path):
-    """run.py with a user.conf of short runs: run("--backend=…", …, NAME=value)."""
-    (tmp_path / "user.conf").write_text(CONF.replace("target_qps = 40", "target_qps = 200"))
-    return lambda *args, **variables: script("run.py", *args, **variables)
+def driver(cluster, monkeypatch, tmp_path):
+    """Return the module ray_SUT, with this process as the driver and an empty folder as its working folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (cluster | DEMO_ENV).items():
+        monkeypatch.setenv(name, value)
+    import ray
+
+    import ray_SUT
+
+    yield ray_SUT
+    ray.shutdown()
 
 
-@pytest.fixture
-def local(run, tmp_path):
-    """The responses of an accuracy run without Ray: local("--backend=…", …, NAME=value)."""
-    def call(*args, **variables):
-        result = run("--accuracy", *args, LOG_PATH="local", **variables)
-        assert result.returncode == 0, result.stderr
-        return logged(tmp_path / "local")
-    return call
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """Return the responses of an accuracy run without Ray, {sample: bytes}."""
+    folder = tmp_path_factory.mktemp("local")
+    (folder / "user.conf").write_text(CONF)
+    result = run_script("run.py", "--backend=pytorch", "--accuracy", cwd=folder, LOG_PATH="logs")
+    assert result.returncode == 0, result.stderr
+    return logged(folder / "logs")
 
 
 def logged(folder):
@@ -68,7 +107,7 @@ def logged(folder):
 
 @pytest.fixture
 def ray_folder(monkeypatch):
-    """Where Ray keeps the files of a local cluster; not in the test's own folder, for sockets' paths must be short."""
+    """Return where Ray keeps the files of a local cluster, a folder with a short path (it holds sockets)."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -76,20 +115,20 @@ def ray_folder(monkeypatch):
 
 
 def open_files(folder):
-    """{process id: set of what its file descriptors are} of the processes that have a file in `folder` open."""
+    """Return {process id: what its file descriptors are} for the processes that have a file in `folder` open."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             files = {os.readlink(fd) for fd in (process / "fd").iterdir()}
         except OSError:
-            continue  # ended meanwhile
+            continue  # it has ended
         if any(file.startswith(folder) for file in files):
             found[int(process.name)] = files
     return found
 
 
-def gone(folder):
-    """Whether no process has a file in `folder` open, now or within ten seconds."""
+def closed(folder):
+    """Return whether no process has a file in `folder` open, now or within ten seconds."""
     deadline = time.monotonic() + 10
     while open_files(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -97,157 +136,244 @@ def gone(folder):
 
 
 def listening(files):
-    """The addresses on which the sockets among `files` listen, as in /proc/net: hexadecimal, without the port."""
-    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    """Return the addresses on which the sockets among `files` listen, hexadecimal as in /proc/net, without the port."""
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table]
     return {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in files}
 
 
-# run.py with another backend in the actors: PyTorch's, whose predict first does as the test says, but for the warming up
-# with one sample.
-ODD = f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import config, run
-from pytorch_SUT import PyTorchBackend
+@pytest.fixture
+def fake_run(tmp_path):
+    """Return a function of (BODY of SCRIPT, flag, …, NAME=value) that starts a run and yields its process."""
+    (tmp_path / "user.conf").write_text(CONF)
 
-class Odd(PyTorchBackend):
-    def predict(self, batch):
-        if len(batch) > 1:
-            BODY
-        return super().predict(batch)
+    def start(body, *args, **variables):
+        script = tmp_path / "run.py"
+        script.write_text(SCRIPT.replace("BODY", body))
+        return running(script, "--backend=ray", "--accuracy", *args, cwd=tmp_path, LOG_PATH="ray", **variables)
 
-run.BACKENDS["pytorch"] = ("__main__", "Odd", ("fp32",))
-config.script(run.main)
-"""
+    return start
 
 
-def test_two_nodes_answer_with_the_same_bytes_as_one_process(run, local, tmp_path, cluster):
-    result = run("--backend=ray", "--scenario=Server", "--accuracy", LOG_PATH="ray", **cluster)
+def test_two_nodes_answer_with_the_bytes_of_one_process(script, local, tmp_path, cluster):
+    (tmp_path / "user.conf").write_text(CONF)
+    result = script("run.py", "--backend=ray", "--scenario=Server", "--accuracy", LOG_PATH="ray", **cluster)
     assert result.returncode == 0, result.stderr
     assert "2 actors on 2 nodes" in result.stderr
-    assert logged(tmp_path / "ray") == local("--backend=pytorch", "--scenario=Server")
+    assert logged(tmp_path / "ray") == local
 
 
-def test_a_local_cluster_listens_on_loopback_answers_with_the_same_bytes_and_ends(tmp_path, local, ray_folder):
-    (tmp_path / "user.conf").write_text(CONF)
-    (tmp_path / "slow.py").write_text(ODD.replace("len(batch) > 1", "True").replace("BODY", "time.sleep(0.05)"))
-    process = start(tmp_path / "slow.py", "--scenario=SingleStream", "--max_examples=60", "--accuracy",
-                    LOG_PATH="ray")
-    assert listening(set.union(*open_files(ray_folder).values())) == {"0100007F", "0000000000000000FFFF00000100007F"}
-    out, err = process.communicate(timeout=120)
+def test_a_local_cluster_listens_on_loopback_only_and_ends_with_the_run(tmp_path, fake_run, local, ray_folder):
+    with fake_run("time.sleep(0.2)", "--max_examples=60", "--batch_tokens=400") as process:
+        addresses = listening(set.union(*open_files(ray_folder).values()))
+        out, err = process.communicate(timeout=120)
+    assert addresses == {"0100007F", "0000000000000000FFFF00000100007F"}
     assert process.returncode == 0, err
     assert "exact_match" in out.splitlines()[-1]
-    assert err.count("\n") < 10, err  # no noise of Ray's
-    assert gone(ray_folder)
-    assert logged(tmp_path / "ray") == local("--backend=pytorch", "--scenario=SingleStream", "--max_examples=60")
+    assert err.count("\n") < 10, err  # Ray writes nothing
+    assert closed(ray_folder)
+    assert logged(tmp_path / "ray") == {row: response for row, response in local.items() if row < 60}
 
 
-def start(path, *args, **variables):
-    """Start the script `path` in its folder; returns the Popen once LoadGen runs."""
-    process = subprocess.Popen([sys.executable, path, "--backend=ray", *args], cwd=path.parent, text=True,
-                               env={**os.environ, **DEMO_ENV, **variables}, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    while "running" not in (line := process.stderr.readline()):
-        assert line, "run.py failed"
-    return process
-
-
-def test_a_terminated_run_ends_its_local_cluster(tmp_path, ray_folder):
-    (tmp_path / "user.conf").write_text(CONF)
-    (tmp_path / "slow.py").write_text(ODD.replace("BODY", "time.sleep(0.2)"))
-    process = start(tmp_path / "slow.py", "--accuracy")
-    assert len(open_files(ray_folder)) > 5
-    process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=30)[1]
+def test_a_terminated_run_ends_its_local_cluster(fake_run, ray_folder):
+    with fake_run("time.sleep(0.2)") as process:
+        assert len(open_files(ray_folder)) > 5
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=30)[1]
     assert process.returncode == 143 and "incomplete" in err and "Traceback" not in err
-    assert gone(ray_folder)
+    assert closed(ray_folder)
 
 
-def test_killed_actors_change_nothing(tmp_path, local, cluster):
-    """The second is killed while the first is being replaced. Batches take random times, so that they end out of order."""
-    (tmp_path / "user.conf").write_text(CONF)
+def test_lost_actors_are_replaced_and_change_no_response(tmp_path, fake_run, local, cluster):
+    """The second actor is killed while the first is being replaced; batches end out of order, after random times."""
     body = f"""open(os.path.join({str(tmp_path)!r}, f"{{os.getpid()}}.pid"), "w").close()
             time.sleep(0.1 * int.from_bytes(os.urandom(1)) / 255)"""
-    (tmp_path / "slow.py").write_text(ODD.replace("BODY", body))
-    process = start(tmp_path / "slow.py", "--accuracy", "--batch_tokens=400", LOG_PATH="ray", **cluster)
-    deadline = time.monotonic() + 20
-    while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-        time.sleep(0.5)
-    err = process.communicate(timeout=120)[1]
+    with fake_run(body, "--batch_tokens=400", **cluster) as process:
+        deadline = time.monotonic() + 20
+        while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(0.5)
+        err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
-    assert err.count("a Ray actor is lost") == 2
-    assert len(list(tmp_path.glob("*.pid"))) == 4  # the replacements have worked as well
-    assert logged(tmp_path / "ray") == local("--backend=pytorch")
+    assert err.count("notice: a Ray actor is lost") == 2
+    assert len(list(tmp_path.glob("*.pid"))) == 4  # the replacements have run batches as well
+    assert logged(tmp_path / "ray") == local
 
 
-def test_a_batch_that_kills_every_actor_ends_the_run(tmp_path, script, cluster):
-    (tmp_path / "user.conf").write_text(CONF)
-    (tmp_path / "poison.py").write_text(ODD.replace("BODY", "os.kill(os.getpid(), signal.SIGKILL)"))
-    fails(script(tmp_path / "poison.py", "--backend=ray", **cluster), "lost its Ray actor 3 times")
+def fake_class():
+    """Return a backend of no model. A class of this function travels to the nodes by value."""
+
+    class Fake(Backend):
+        def __init__(self, options, prepared_by):
+            here = "driver" if prepared_by == os.getpid() else "another process"
+            self.name = f"{options.dtype}, prepared in {here}, USE_GPU={os.environ.get('USE_GPU')}"
+            self.batch_policy = "single"
+
+        @classmethod
+        def prepare(cls, options):
+            return {"prepared_by": os.getpid()}
+
+        def predict(self, batch):
+            """Do what the length of the sample says."""
+            length = batch.lengths[0]
+            if length == 1:
+                raise ValueError("no such layer")
+            if length == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if length == 3:
+                import config
+
+                raise ValueError(" ".join(sorted(os.listdir(config.ROOT))))
+            return np.full((length, 2), length, np.float32)
+
+    return Fake
 
 
-def test_a_fault_in_an_actor_ends_the_run_with_its_message(tmp_path, script, cluster):
-    (tmp_path / "user.conf").write_text(CONF)
-    (tmp_path / "faulty.py").write_text(ODD.replace("BODY", "raise ValueError('no such layer')"))
-    result = script(tmp_path / "faulty.py", "--backend=ray", **cluster)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "run.py: error: the run failed: ValueError: no such layer"
+class TestFakeBackend:
+    """What an actor's backend shows of the actor, and what the driver sees of its faults."""
+
+    @pytest.fixture(scope="class")
+    def backend(self, cluster):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (cluster | DEMO_ENV | {"USE_GPU": "off"}).items():
+                patch.setenv(name, value)
+            from ray_SUT import RayBackend
+
+            backend = RayBackend("pytorch", fake_class(), RunOptions(dtype="bf16"))
+            yield backend
+            backend.close()
+
+    def test_the_actors_get_the_options_the_environment_and_what_the_driver_prepared(self, backend):
+        expected = r"Ray [\d.]+, 2 actors on 2 nodes: bf16, prepared in another process, USE_GPU=off"
+        assert re.fullmatch(expected, backend.name), backend.name
+        assert (backend.vocab_size, backend.batch_policy, backend.concurrency) == (None, "single", 4)
+        assert (backend.predict(random_batch(5)) == 5).all()
+
+    def test_the_nodes_get_the_python_files_of_the_root_and_nothing_else(self, backend):
+        with pytest.raises(ValueError) as error:
+            backend.predict(random_batch(3))
+        found = set(str(error.value).split()) - {"__pycache__"}
+        assert found == {path.name for path in ROOT.glob("*.py")}
+
+    def test_a_fault_of_an_actors_backend_reaches_the_driver(self, backend):
+        with pytest.raises(ValueError, match="no such layer"):
+            backend.predict(random_batch(1))
+
+    def test_a_batch_that_kills_every_actor_is_given_up(self, backend):
+        with refused("a batch of 1 samples lost its Ray actor 3 times"):
+            backend.predict(random_batch(2))
+        assert (backend.predict(random_batch(5)) == 5).all()
 
 
-def test_int8_is_calibrated_by_the_driver(run, local, tmp_path, cluster):
-    result = run("--backend=ray", "--dtype=int8", "--accuracy", LOG_PATH="ray", **cluster)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("calibrating") == 1
-    assert logged(tmp_path / "ray") == local("--backend=pytorch", "--dtype=int8")
+def test_int8_is_calibrated_once_on_the_driver(driver, monkeypatch, tmp_path):
+    from pytorch_SUT import PyTorchBackend
+
+    (tmp_path / "calibration.txt").write_text("0\n1\n2\n")
+    monkeypatch.setenv("CALIBRATION_FILE", "calibration.txt")
+    options, batch = RunOptions(backend="ray", dtype="int8"), random_batch(20, 300, vocab_size=2400)
+    backend = driver.RayBackend("pytorch", PyTorchBackend, options)
+    assert len(list((tmp_path / "build/cache").glob("int8-*.npz"))) == 1
+    assert backend.predict(batch).tobytes() == PyTorchBackend(options).predict(batch).tobytes()
 
 
-def test_actors_run_another_backend(run, local, tmp_path, cluster, demo_models):
-    model = demo_models["onnxruntime"]
-    result = run("--backend=ray:onnxruntime", "--accuracy", LOG_PATH="ray", ML_MODEL_FILE_WITH_PATH=model, **cluster)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"Ray .*: ONNX Runtime", result.stderr)
-    assert logged(tmp_path / "ray") == local("--backend=onnxruntime", ML_MODEL_FILE_WITH_PATH=model)
+def test_actors_run_another_backend(driver, monkeypatch, demo_models):
+    from onnxruntime_SUT import OnnxRuntimeBackend
+
+    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", demo_models["onnxruntime"])
+    options, batch = RunOptions(backend="ray:onnxruntime"), random_batch(20, vocab_size=2400)
+    backend = driver.RayBackend("onnxruntime", OnnxRuntimeBackend, options)
+    assert re.search(r"Ray .*: ONNX Runtime", backend.name)
+    assert backend.predict(batch).tobytes() == OnnxRuntimeBackend(options).predict(batch).tobytes()
 
 
-def test_resources_that_others_hold_are_named(tmp_path, script, cluster):
-    (tmp_path / "user.conf").write_text(CONF)
-    (tmp_path / "hog.py").write_text("""
-import ray, time
-ray.init(log_to_driver=False)
+def test_resources_that_other_work_holds_are_named(driver, monkeypatch):
+    import ray
 
-@ray.remote(num_cpus=1)
-def hold():
-    time.sleep(100)
+    @ray.remote(num_cpus=1)
+    def hold():
+        time.sleep(100)
 
-hog = hold.remote()
-while ray.available_resources().get("CPU", 0) > 1:
-    time.sleep(0.1)
-print("holding", flush=True)
-ray.get(hog)
-""")
-    hog = subprocess.Popen([sys.executable, tmp_path / "hog.py"], env={**os.environ, **cluster}, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        assert hog.stdout.readline() == "holding\n"
-        (tmp_path / "impatient.py").write_text(ODD.replace("import config, run", "import config, ray_SUT, run")
-                                               .replace("class Odd", "ray_SUT.START_S = 12\nclass Odd"))
-        fails(script(tmp_path / "impatient.py", "--backend=ray", **cluster), "1 of 2 Ray actors", "CPUs")
-    finally:
-        hog.kill()
-        hog.communicate()
+    driver.connect()
+    holding = hold.remote()
+    while ray.available_resources().get("CPU", 0) > 1:
+        time.sleep(0.1)
+    monkeypatch.setattr(driver, "connect", lambda: None)
+    monkeypatch.setattr(driver, "START_S", 10)
+    with refused("1 of 2 Ray actors", "CPUs"):
+        driver.RayBackend("pytorch", fake_class(), RunOptions())
+    ray.cancel(holding, force=True)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "6379"])
-def test_a_cluster_that_does_not_answer_is_named(run, address):
+def test_a_cluster_that_does_not_answer_is_named(driver, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(driver, "CLUSTER_S", 3)
     started = time.monotonic()
-    fails(run("--backend=ray", RAY_ADDRESS=address), f"RAY_ADDRESS={address}")
-    assert time.monotonic() - started < 40
+    with refused(f"RAY_ADDRESS={address}"):
+        driver.connect()
+    assert time.monotonic() - started < 15
 
 
-def test_what_an_actor_cannot_use_is_named(run, tmp_path, cluster):
+def test_what_an_actor_cannot_use_is_named(driver, monkeypatch, tmp_path):
+    from pytorch_SUT import PyTorchBackend
+
+    with refused("no-model.pytorch", "cannot read the model"):
+        monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "no-model.pytorch")
+        driver.RayBackend("pytorch", PyTorchBackend, RunOptions())
     (tmp_path / "model.pytorch").write_text("no model")
-    fails(run("--backend=ray", ML_MODEL_FILE_WITH_PATH="model.pytorch", **cluster), "model.pytorch", "damaged")
-    fails(run("--backend=ray", MLC_MAX_NUM_THREADS="64", **cluster), "64 cores", "MLC_MAX_NUM_THREADS")
+    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "model.pytorch")
+    with refused("model.pytorch", "damaged"):
+        driver.RayBackend("pytorch", PyTorchBackend, RunOptions())
+    monkeypatch.setenv("MLC_MAX_NUM_THREADS", "64")
+    with refused("64 cores", "MLC_MAX_NUM_THREADS"):
+        driver.find_placements()
+
+
+def test_a_closed_backend_leaves_its_threads_alive_and_refuses_batches(driver, tmp_path):
+    """In another process, which Ray would end if a thread called it after its end."""
+    script = tmp_path / "driver.py"
+    script.write_text(f"""\
+import sys, threading, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from backends import Backend, RunOptions
+from config import UserError
+from helpers import NullBackend, random_batch
+from ray_SUT import RayBackend
+
+class Slow(Backend):
+    name = "slow"
+
+    def __init__(self, options):
+        self.zeros = None
+
+    def predict(self, batch):
+        time.sleep(0.01 if len(batch) > 1 else 0)
+        return batch.input_ids.repeat(2).reshape(-1, 2).astype("float32")
+
+def work():
+    try:
+        while True:
+            backend.predict(random_batch(5, 5))
+    except BaseException as error:
+        ends.append(error)
+
+ends = []
+backend = RayBackend("pytorch", Slow, RunOptions())
+threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+for thread in threads:
+    thread.start()
+time.sleep(0.5)
+assert not ends, ends
+backend.close()
+for thread in threads:
+    thread.join(10)
+assert len(ends) == 8, ends
+try:
+    backend.predict(random_batch(5))
+except UserError as error:
+    print("refused", error)
+""")
+    result = run_script(script, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith("refused"), result.stderr

@@ -1,91 +1,178 @@
-"""README's commands run as they stand there, one after the other in one folder, and its example of a backend works."""
+"""The commands in README.md and docs/ run as they are written, the links lead somewhere, and the example works.
+
+A block of commands runs in a folder that looks like the project's, with the demo's files under the names that the
+documents use.
+"""
 
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import DEMO_ENV, LIMIT_S, ROOT
-from test_run import CONF
+from helpers import DEMO_ENV, LIMIT_S, ROOT, SHORT_RUNS
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", "").splitlines()
-            if line.startswith((".venv", "make", "export", "RAY_ADDRESS"))]
-# What does not run here, by how it begins, and why; README says so, too.
+import config
+from run import parse_args
+
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")))
+}
+README, CONTRIBUTING = DOCUMENTS["README.md"], DOCUMENTS["CONTRIBUTING.md"]
+# How commands begin that do not run here, and why.
 ELSEWHERE = {
-    "make demo": "runs below", "make test": "is running", "make setup": "network", "make venv": "network",
-    "make build_docker": "Docker", "make launch_docker": "Docker", "export RAY": "two machines, test_ray_SUT.py",
-    "RAY_ADDRESS": "two machines, test_ray_SUT.py", ".venv/bin/ray": "two machines, test_ray_SUT.py",
+    "make demo": "runs below",
+    "make test": "is running",
+    "make format": "changes files",
+    "make setup": "network",
+    "make venv": "network",
+    "make build_docker": "Docker",
+    "make launch_docker": "Docker",
+    "export RAY": "two machines, test_ray_SUT.py",
+    "RAY_ADDRESS": "two machines, test_ray_SUT.py",
+    ".venv/bin/ray": "two machines, test_ray_SUT.py",
     ".venv/bin/python run.py --network": "two machines, test_network.py",
     ".venv/bin/python run.py --backend=pytorch --scenario=SingleStream --quick": "10 s, as in make demo",
-    ".venv/bin/python run.py --backend=pytorch --scenario=Server --find_peak": "minutes, test_run.py",
+    ".venv/bin/python run.py --backend=pytorch --scenario=Server --find_peak": "minutes, test_loadgen.py",
+    ".venv/bin/python -m tools.benchmark": "BERT-Large, test_benchmark.py",
 }
-HERE = [command for command in COMMANDS if not command.startswith(tuple(ELSEWHERE))]
+COMMAND = (".venv", "make", "export", "RAY_ADDRESS")
+
+
+def code_blocks(text, language=""):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(block):
+    """Return the commands of a block, each without its comment and on one line."""
+    lines = block.replace("\\\n", "").splitlines()
+    return [re.sub(r"\s+", " ", line.partition("  #")[0].strip()) for line in lines if line.startswith(COMMAND)]
+
+
+COMMANDS = [command for text in DOCUMENTS.values() for block in code_blocks(text) for command in commands(block)]
+SCRIPTS = {
+    f"{name}, block {number}": script
+    for name, text in DOCUMENTS.items()
+    for number, block in enumerate(code_blocks(text), 1)
+    if (script := [command for command in commands(block) if not command.startswith(tuple(ELSEWHERE))])
+}
+
+
+def succeed(folder, *command, **variables):
+    """Run a command in `folder`, which must succeed; returns the CompletedProcess."""
+    env = {**os.environ, **variables}
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the files that README names: the demo's."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "user.conf").write_text(CONF)
-    shutil.copytree(ROOT / "demo/model", folder / "my-bert")
-    shutil.copy(ROOT / "demo/dev.json", folder / "dev-v1.1.json")
-    shutil.copy(ROOT / "demo/model/vocab.txt", folder)
+def project(tmp_path_factory):
+    """Return a folder with the project's code and the demo's files under the names that the documents use."""
+    folder = tmp_path_factory.mktemp("project")
+    for path in (*ROOT.glob("*.py"), ROOT / "convert", ROOT / "tools"):
+        (folder / path.name).symlink_to(path)
+    shutil.copy(ROOT / "bert_config.json", folder)
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "user.conf").write_text(SHORT_RUNS)
+    (folder / "my-bert").symlink_to(ROOT / "demo/model")
+    (folder / "vocab.txt").symlink_to(DEMO_ENV["VOCAB_FILE"])
+    (folder / "dev-v1.1.json").symlink_to(DEMO_ENV["DATASET_FILE"])
     (folder / "bert_calibration_features.txt").write_text("0\n1\n2\n3\n")
-    squad = json.loads((ROOT / "demo/dev.json").read_text())
-    (folder / "predictions.json").write_text(json.dumps({
-        question["id"]: "an answer" for article in squad["data"] for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]}))
+    questions = re.findall(r'"id": "([^"]+)"', (ROOT / "demo/dev.json").read_text())
+    (folder / "predictions.json").write_text(json.dumps(dict.fromkeys(questions, "an answer")))
+    succeed(folder, sys.executable, "run.py", "--backend=pytorch", "--accuracy", "--max_examples=8", **DEMO_ENV)
+    shutil.copy(folder / "build/logs/mlperf_log_accuracy.json", folder)
+    for name in ("logs-fp32", "logs-int8"):
+        shutil.copytree(folder / "build/logs", folder / name)
     return folder
 
 
-@pytest.mark.parametrize("command", HERE)
-def test_a_command_of_the_readme_runs(folder, command):
-    words = shlex.split(command)
-    if words[0] == "export":
-        return  # DEMO_ENV's are the same files
-    assert words[0] == ".venv/bin/python"
-    env = {**os.environ, **DEMO_ENV, "CALIBRATION_FILE": "bert_calibration_features.txt"}
-    result = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], cwd=folder, env=env, capture_output=True,
-                            text=True, timeout=LIMIT_S, check=False)
-    assert result.returncode == 0, result.stderr
-    if "--accuracy" in words:  # what later commands name
-        shutil.copy(folder / "build/logs/mlperf_log_accuracy.json", folder)
-        for name in ("logs-fp32", "logs-int8"):
-            shutil.copytree(folder / "build/logs", folder / name, dirs_exist_ok=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
+def test_the_commands_of_a_block_run_one_after_another(project, script):
+    succeed(project, "bash", "-euc", "\n".join(script), PYTHON=sys.executable, **DEMO_ENV)
 
 
-def test_every_reason_not_to_run_a_command_has_one():
+def test_each_reason_not_to_run_a_command_applies_to_one():
     for start in ELSEWHERE:
         assert any(command.startswith(start) for command in COMMANDS), start
-    assert len(HERE) >= 12
+    assert sum(map(len, SCRIPTS.values())) >= 14
 
 
-def test_make_demo_ends_with_the_two_figures_that_the_readme_shows():
-    """The score to the last digit; the speed is the machine's."""
-    result = subprocess.run(["make", "--no-print-directory", "demo", f"PYTHON={sys.executable}"], cwd=ROOT,
-                            capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    assert result.returncode == 0, result.stderr
-    figures, speed = (line for line in result.stdout.splitlines() if line.startswith(("{", "TRIAL")))
-    assert figures in README
+@pytest.mark.slow
+def test_make_demo_ends_with_the_two_figures_in_the_readme():
+    """The score to the last digit; the speed depends on the machine."""
+    result = succeed(ROOT, "make", "--no-print-directory", "demo", f"PYTHON={sys.executable}")
+    score, speed = (line for line in result.stdout.splitlines() if line.startswith(("{", "TRIAL")))
+    assert score in README
     assert re.fullmatch(r"TRIAL, no official result: Offline throughput [0-9.]+ samples/s", speed)
 
 
-def test_the_example_of_a_backend_works(tmp_path):
-    """In accuracy mode, with the score of PyTorch's own."""
-    file, line = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+@pytest.mark.slow
+def test_the_example_of_a_backend_answers_as_pytorch_does(tmp_path):
+    file, line = code_blocks(DOCUMENTS["docs/adding-a-backend.md"], "python")
     (tmp_path / "huggingface_SUT.py").write_text(file)
-    (tmp_path / "user.conf").write_text(CONF)
-    (tmp_path / "run_it.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport config, run\n"
-                                        f"run.BACKENDS |= {{{line.strip()}}}\nconfig.script(run.main)\n")
-    result = subprocess.run([sys.executable, "run_it.py", "--backend=huggingface", "--accuracy", "--scenario=Server"],
-                            cwd=tmp_path, env={**os.environ, **DEMO_ENV}, capture_output=True, text=True, timeout=LIMIT_S,
-                            check=False)
-    assert result.returncode == 0, result.stderr
+    (tmp_path / "user.conf").write_text(SHORT_RUNS)
+    (tmp_path / "run_it.py").write_text(
+        "import backends, config, run\nfrom backends import Entry\n"
+        f"backends.BACKENDS |= {{{line.strip()}}}\nconfig.run_command(run.main)\n"
+    )
+    command = (sys.executable, "run_it.py", "--backend=huggingface", "--accuracy")
+    result = succeed(tmp_path, *command, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **DEMO_ENV)
     assert result.stdout.splitlines()[-1] in README
-    assert len(file.splitlines()) < 40
+
+
+def test_the_example_of_a_backend_is_short_and_passes_the_linter():
+    file, _ = code_blocks(DOCUMENTS["docs/adding-a-backend.md"], "python")
+    assert len(file.splitlines()) < 30
+    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "huggingface_SUT.py", "-"]
+    subprocess.run(command, cwd=ROOT, input=file, text=True, check=True)
+
+
+def test_every_link_leads_to_a_file_and_its_heading():
+    for name, text in DOCUMENTS.items():
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("https://"):
+                continue
+            path, _, heading = target.partition("#")
+            file = (ROOT / name).parent / path if path else ROOT / name
+            assert file.exists(), f"{name}: {target}"
+            titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if heading else []
+            assert not heading or heading in {
+                re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles
+            }
+
+
+def test_the_table_of_changes_names_one_file_in_each_row():
+    table = CONTRIBUTING.partition("## The life of a sample")[0]
+    rows = re.findall(r"^\| ([^|]+) \| (.+) \|$", table, re.MULTILINE)[1:]
+    assert len(rows) >= 15
+    for what, file in rows:
+        link = re.fullmatch(r"\[(\S+)\]\((\S+)\)", file)
+        assert link and link[1] == link[2] and (ROOT / link[1]).is_file(), f"{what}: {file}"
+    files = [file for _, file in rows]
+    assert len(files) == len(set(files))
+
+
+def test_the_diagrams_name_what_the_modules_define():
+    names = re.findall(r"\b([A-Za-z_]+)\.(\w+)(?:\.(\w+))?", "".join(code_blocks(CONTRIBUTING)[1:]))
+    found = [name for name in names if (ROOT / f"{name[0]}.py").exists()]
+    assert len(found) >= 15
+    for module, *parts in found:
+        for part in filter(None, parts):
+            assert re.search(rf"\b(def |class |self\.){part}\b", (ROOT / f"{module}.py").read_text()), (module, part)
+
+
+def test_every_flag_and_environment_variable_is_documented(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    flags = re.findall(r"--\w+", capsys.readouterr().out)
+    assert {"--backend", "--sut_server"} < set(flags)
+    for flag in set(flags) - {"--help"}:
+        assert f"`{flag}" in DOCUMENTS["docs/scenarios.md"], flag
+    for name in (*config.FILE_VARIABLES, *config.COMPUTE_VARIABLES, "LOG_PATH", "SKIP_VERIFY_ACCURACY", "MODEL_MIRROR"):
+        assert f"`{name}`" in DOCUMENTS["docs/running.md"], name

@@ -1,57 +1,54 @@
-"""Scoring: the official script's figures, each rule on a hand-made case, the log's reader, the two commands."""
+"""Scoring: the official script's scores, and each rule by which logits become an answer on a hand-made case."""
 
 import json
 import random
 import re
 import string
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import fails
+from helpers import DEMO_ENV, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
-from create_squad_data import Question, Squad, make_features, passage_words, read_squad, read_vocab
-from squad_eval import Logits, align, answers_from_log, best_spans, normalize, read_log, score, score_question
+import squad_eval
+from create_squad_data import SPECIAL_TOKENS, WORD, Question, Squad, make_features, read_squad
+from squad_eval import Logits, align, answers_from_log, best_spans, normalize, read_predictions, score, score_question
 
 WORDS = ["alpha", "beta", "gamma", "delta", "song", "##s", "in", "1871", "jose", "(", ")", ".", ",", "'", "-", "the"]
-VOCAB = {token: number for number, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "who", "?", *WORDS])}
+VOCAB = {token: number for number, token in enumerate([*SPECIAL_TOKENS, "who", "?", *WORDS])}
 FIRST = 4  # the passage's first token: [CLS] who ? [SEP]
+MISSING = -10000
+DEMO_DATASET = DEMO_ENV["DATASET_FILE"]
 
 
 def squad_of(*passages):
-    """A Squad with one question, "Who?", about each passage."""
+    """Return a Squad with one question, "Who?", about each passage."""
     return Squad("", list(passages), [Question(f"q{i}", "Who?", i, ["x"]) for i in range(len(passages))])
 
 
-def log_of(tmp_path, responses, name="log.json"):
-    """Write an accuracy log as LoadGen does, {sample: response's bytes or (n, 2) pairs}; returns its path."""
-    entries = [{"seq_id": i, "qsl_idx": row, "data": data.hex() if isinstance(data, bytes)
-                else np.asarray(data, np.float32).tobytes().hex().upper(), "token_count": 0}
-               for i, (row, data) in enumerate(responses.items())]
-    path = tmp_path / name
-    path.write_text(json.dumps(entries))
-    return str(path)
+def logits_of(features, *windows):
+    """Return Logits of the first features, a pair of {passage token: logit} for each: starts and ends.
+
+    The logits of the other tokens are 0.
+    """
+    logits = np.where(np.arange(384) < features.lengths[: len(windows), None], 0.0, MISSING)
+    logits = np.stack((logits, logits))
+    for row, window in enumerate(windows):
+        for values, chosen in zip(logits, window):
+            for token, logit in chosen.items():
+                values[row, FIRST + token] = logit
+    return Logits(np.arange(len(windows)), *logits)
 
 
-def pairs(features, row, starts=(), ends=()):
-    """A response to feature `row`: logits 0, but for {position: logit} in `starts` and `ends`."""
-    response = np.zeros((features.lengths[row], 2), np.float32)
-    for column, logits in enumerate((dict(starts), dict(ends))):
-        for position, logit in logits.items():
-            response[position, column] = logit
-    return response
-
-
-def answer(tmp_path, passage, starts, ends):
-    """The answer to the one window over `passage`; positions count from the passage's first token."""
+def answer(passage, *windows):
+    """Return the answer to the question about `passage` from the logits of its windows."""
     squad = squad_of(passage)
     features = make_features(squad, VOCAB)
-    response = pairs(features, 0, {FIRST + k: v for k, v in starts.items()}, {FIRST + k: v for k, v in ends.items()})
-    logits = read_log(log_of(tmp_path, {0: response}), len(features))
-    return answers_from_log(squad, features, VOCAB, logits)["q0"]
+    assert len(features) == len(windows)
+    return answers_from_log(squad, features, VOCAB, logits_of(features, *windows))["q0"]
 
 
 def test_ready_answers_score_as_the_official_script_scores_them(shared, script):
@@ -60,27 +57,31 @@ def test_ready_answers_score_as_the_official_script_scores_them(shared, script):
     assert "scored all 10570 questions; 0 had no prediction" in result.stderr
 
 
-def test_a_question_without_a_ready_answer_scores_0_with_a_notice(script, tmp_path):
-    questions = read_squad(script.demo_dataset).questions
-    (tmp_path / "answers.json").write_text(json.dumps({questions[0].id: questions[0].answers[-1]}))
-    result = script("squad_eval.py", script.demo_dataset, "answers.json")
+def test_a_question_without_a_ready_answer_scores_0_and_is_counted(tmp_path, monkeypatch, capsys, caplog):
+    questions = read_squad(DEMO_DATASET).questions
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps({questions[0].id: questions[0].answers[-1]}), encoding="utf-8-sig")
+    monkeypatch.setattr(sys, "argv", ["squad_eval.py", DEMO_DATASET, str(path)])
+    with caplog.at_level("INFO"):
+        squad_eval.main()
     share = 100.0 / len(questions)
-    assert json.loads(result.stdout) == {"exact_match": share, "f1": share}
-    assert f"{len(questions) - 1} had no prediction and score 0" in result.stderr
+    assert json.loads(capsys.readouterr().out) == {"exact_match": share, "f1": share}
+    assert f"scored all {len(questions)} questions; {len(questions) - 1} had no prediction and score 0" in caplog.text
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, "No such file"), ("{", "not JSON"), ("[]", "not a JSON object"), ('{"a": 1}', "not a JSON object")])
-def test_predictions_of_another_form_are_named(script, tmp_path, content, words):
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"a": 1}'])
+def test_predictions_of_another_form_are_refused(tmp_path, content):
+    path = tmp_path / "answers.json"
     if content is not None:
-        (tmp_path / "answers.json").write_text(content)
-    fails(script("squad_eval.py", script.demo_dataset, "answers.json"), "answers.json", words)
+        path.write_text(content)
+    with refused(f"{path}: ", "predictions", "{question id: answer}"):
+        read_predictions(str(path))
 
 
 def test_comparison_ignores_case_punctuation_articles_and_spaces():
     assert normalize("  The  (first)\u00a0song, a\tday's an-them ") == "first song days anthem"
     assert normalize("theatre") == "theatre"
-    assert normalize("«Été»") == "«été»"  # ASCII punctuation only, and accents stay
+    assert normalize("«Été»") == "«été»"  # only ASCII punctuation is removed, and accents stay
 
 
 def test_the_best_accepted_answer_counts():
@@ -88,7 +89,8 @@ def test_the_best_accepted_answer_counts():
     assert score_question(question, "House.") == (True, 1.0)
     assert score_question(question, "red barn") == (False, 0.5)  # against "red house": precision 1/2, recall 1/2
     assert score_question(question, "barn") == (False, 0.0)
-    assert score_question(Question("q", "", 0, ["a a b"]), "b b c") == (False, 0.5)  # words count as often as they stand
+    repeated = Question("", "", 0, ["a a b"])  # "a" is an article, so one word remains
+    assert score_question(repeated, "b b c") == (False, 0.5)  # a word counts as often as both have it
 
 
 def test_scores_are_over_all_questions_given():
@@ -96,269 +98,189 @@ def test_scores_are_over_all_questions_given():
     assert score(questions, {"1": "x", "2": "y"}) == {"exact_match": 100 / 3, "f1": 100.0 * (1 + 2 / 3) / 3}
 
 
-def test_the_span_with_the_highest_sum_of_logits_is_the_answer(tmp_path):
-    assert answer(tmp_path, "alpha beta gamma delta", {1: 5, 3: 7}, {2: 5, 0: 9, 3: 2}) == "beta gamma"
+def test_the_span_with_the_highest_sum_of_logits_is_the_answer():
+    assert answer("alpha beta gamma delta", ({1: 5, 3: 7}, {2: 5, 0: 9, 3: 2})) == "beta gamma"
 
 
-def test_an_answer_has_at_most_30_tokens(tmp_path):
+def test_an_answer_has_at_most_30_tokens():
     passage = " ".join(["alpha"] * 30 + ["beta"] * 30)
-    assert answer(tmp_path, passage, {0: 9}, {29: 5, 30: 6}) == " ".join(["alpha"] * 30)
+    assert answer(passage, ({0: 9}, {29: 5, 30: 6})) == " ".join(["alpha"] * 30)
 
 
-def test_an_answer_does_not_begin_in_the_question_or_end_before_it_begins(tmp_path):
-    assert answer(tmp_path, "alpha beta", {-3: 9, 1: 5}, {-3: 9, 0: 8, 1: 4}) == "beta"
+def test_an_answer_does_not_begin_in_the_question_or_end_before_it_begins():
+    assert answer("alpha beta", ({-3: 9, 1: 5}, {-3: 9, 0: 8, 1: 4})) == "beta"
 
 
-def test_only_the_20_best_starts_and_ends_are_looked_at(tmp_path):
+def test_only_the_20_highest_starts_and_ends_are_considered():
     passage = " ".join(["gamma"] + ["alpha"] * 49 + ["delta"] + ["beta"] * 10)
-    nineteen = {position: 9 - 0.1 * position for position in range(19)}
-    assert answer(tmp_path, passage, {**nineteen, 50: 7}, {60: 9}) == " ".join(["delta"] + ["beta"] * 10)
-    assert answer(tmp_path, passage, {**nineteen, 19: 7.1, 50: 7}, {60: 9}) == "gamma"
-    assert answer(tmp_path, passage, {60: 9}, {**nineteen, 19: 7.1, 60: 7}) != "beta"
+    nineteen = {token: 9 - 0.1 * token for token in range(19)}
+    assert answer(passage, ({**nineteen, 50: 7}, {60: 9})) == " ".join(["delta"] + ["beta"] * 10)
+    assert answer(passage, ({**nineteen, 19: 7.1, 50: 7}, {60: 9})) == "gamma"
+    assert answer(passage, ({60: 9}, {**nineteen, 60: 7})) == "beta"
+    assert answer(passage, ({60: 9}, {**nineteen, 19: 7.1, 60: 7})) != "beta"
 
 
-def test_of_equal_spans_the_first_by_rank_wins(tmp_path):
-    assert answer(tmp_path, "alpha beta gamma delta", {0: 5, 2: 5}, {1: 5, 3: 5}) == "alpha beta"
-    assert answer(tmp_path, "alpha beta gamma delta", {0: 4, 2: 5}, {1: 6, 3: 5}) == "gamma delta"
+def test_of_equal_spans_the_first_by_rank_wins():
+    assert answer("alpha beta gamma delta", ({0: 5, 2: 5}, {1: 5, 3: 5})) == "alpha beta"
+    assert answer("alpha beta gamma delta", ({0: 4, 2: 5}, {1: 6, 3: 5})) == "gamma delta"
 
 
-def test_a_token_counts_in_the_window_that_shows_it_with_most_context(tmp_path):
-    squad = squad_of(" ".join(["alpha"] * 350 + ["beta"] * 100))
-    features = make_features(squad, VOCAB)
-    assert len(features) == 2  # the second window begins at passage token 128
-    near_the_edge, in_the_middle = FIRST + 360, FIRST + 360 - 128
-    responses = {0: pairs(features, 0, {near_the_edge: 9}, {near_the_edge: 9}),
-                 1: pairs(features, 1, {in_the_middle: 1, FIRST: 8}, {in_the_middle + 1: 1, FIRST: 8})}
-    logits = read_log(log_of(tmp_path, responses), 2)
-    assert answers_from_log(squad, features, VOCAB, logits) == {"q0": "beta beta"}
+TWO_WINDOWS = " ".join(["alpha"] * 350 + ["beta"] * 100)  # the second window begins at token 128
 
 
-def test_the_best_window_of_a_question_wins_and_the_earlier_one_a_draw(tmp_path):
-    squad = squad_of(" ".join(["alpha"] * 350 + ["beta"] * 100))
-    features = make_features(squad, VOCAB)
-    early, late = FIRST + 1, FIRST + 310
-    for logit, expected in ((5, "beta"), (4, "alpha")):
-        responses = {0: pairs(features, 0, {early: 4}, {early: 4}), 1: pairs(features, 1, {late: logit}, {late: logit})}
-        logits = read_log(log_of(tmp_path, responses), 2)
-        assert answers_from_log(squad, features, VOCAB, logits) == {"q0": expected}
+def test_an_answer_begins_in_the_window_that_shows_its_first_token_with_the_most_context():
+    edge, middle = 360, 360 - 128  # one token, at the end of the first window and inside the second
+    windows = ({edge: 9}, {edge: 9}), ({middle: 1, 0: 8}, {middle + 1: 1, 0: 8})
+    assert answer(TWO_WINDOWS, *windows) == "beta beta"
 
 
-def test_a_position_that_the_response_leaves_out_counts_minus_10000(tmp_path):
-    squad = squad_of("alpha beta gamma")
-    features = make_features(squad, VOCAB)
-    low = np.full((FIRST + 2, 2), -20000, np.float32)  # up to "beta"; below what is left out
-    logits = read_log(log_of(tmp_path, {0: low}), 1)
-    assert logits.start.shape == (1, 384) and (logits.start[0, FIRST + 2:] == -10000).all()
-    assert answers_from_log(squad, features, VOCAB, logits) == {"q0": "gamma"}
+@pytest.mark.parametrize("logit, expected", [(5, "beta"), (4, "alpha"), (3, "alpha")])
+def test_the_best_window_of_a_question_wins_and_the_earlier_one_a_draw(logit, expected):
+    assert answer(TWO_WINDOWS, ({1: 4}, {1: 4}), ({310: logit}, {310: logit})) == expected
 
 
-@pytest.mark.parametrize("left_out, told", [(0, False), (1, False), (2, True), (3, True)])
-def test_a_response_that_ends_before_the_passage_does_is_told(tmp_path, capsys, left_out, told):
+@pytest.mark.parametrize("left_out, noticed", [(0, False), (1, False), (2, True), (3, True)])
+def test_a_response_that_ends_before_the_passage_gives_a_notice(caplog, left_out, noticed):
     """The last token is [SEP], which is in no answer."""
     squad = squad_of("alpha beta gamma")
     features = make_features(squad, VOCAB)
-    response = pairs(features, 0)[:features.lengths[0] - left_out]
-    answers_from_log(squad, features, VOCAB, read_log(log_of(tmp_path, {0: response}), 1))
-    message = capsys.readouterr().err
-    assert ("1 of 1 samples, sample 0 for one, end before" in message) == told
+    logits = logits_of(features, ({}, {}))
+    logits.start[0, features.lengths[0] - left_out :] = MISSING
+    answers_from_log(squad, features, VOCAB, logits)
+    assert ("1 responses (first: sample 0) are too short; check --output_dtype" in caplog.text) == noticed
 
 
-def test_a_window_without_a_valid_span_answers_nothing(tmp_path):
-    passage = " ".join(["alpha"] * 60)
-    starts = {position: 5 for position in range(40, 60)}
-    assert answer(tmp_path, passage, starts, {position: 5 for position in range(20)}) == ""
+def test_a_window_without_a_valid_span_answers_nothing():
+    starts, ends = dict.fromkeys(range(40, 60), 5), dict.fromkeys(range(20), 5)
+    assert answer(" ".join(["alpha"] * 60), (starts, ends)) == ""
 
 
-@pytest.mark.parametrize("found, passage, expected", [
-    ("1871", "(1871).", "1871"),  # what stands round the answer inside its words is cut off
-    ("jose ' s", "José's", "José's"), ("song", "Song,", "Song"), ("jose song", "José Song.", "José Song"),
-    ("[UNK]", "naïve", "naïve"),  # not to be found: the words as they stand
-    ("½ ' s", "½'s", "½'s"),
-    ("ss", "groß ss", "ss"), ("fi x", "ﬁ x", "ﬁ x"),
-    ("song", "song\u00ad song", "song\u00ad song"),  # a soft hyphen vanishes: the characters no longer match up
-])
+def test_a_row_without_a_valid_span_has_the_score_minus_infinity_and_leaves_the_other_rows_alone():
+    features = make_features(squad_of("alpha", " ".join(["alpha"] * 60), "beta beta"), VOCAB)
+    no_span = dict.fromkeys(range(40, 60), 5), dict.fromkeys(range(20), 5)
+    scores, firsts, lasts = best_spans(logits_of(features, ({}, {}), no_span, ({0: 2}, {1: 3})), features)
+    assert scores.tolist() == [0, -np.inf, 5]
+    assert firsts[[0, 2]].tolist() == [FIRST, FIRST] and lasts[[0, 2]].tolist() == [FIRST, FIRST + 1]
+
+
+@pytest.mark.parametrize(
+    "found, passage, expected",
+    [
+        ("1871", "(1871).", "1871"),  # what surrounds the answer inside its words is removed
+        ("jose ' s", "José's", "José's"),
+        ("song", "Song,", "Song"),
+        ("jose song", "José Song.", "José Song"),
+        ("[UNK]", "naïve", "naïve"),  # the answer is not found: all of the words
+        ("½ ' s", "½'s", "½'s"),
+        ("ss", "groß ss", "ss"),
+        ("fi x", "ﬁ x", "ﬁ x"),
+        ("song", "song\u00ad song", "song\u00ad song"),  # a soft hyphen is dropped: the characters no longer match up
+    ],
+)
 def test_an_answer_is_aligned_to_the_text_of_the_passage(found, passage, expected):
     assert align(found, passage) == expected
 
 
-def test_pieces_and_brackets_are_joined_before_the_alignment(tmp_path):
-    assert answer(tmp_path, "the Songs (1871), alpha", {1: 9}, {4: 9}) == "Songs (1871"
-    assert answer(tmp_path, "the Songs alpha", {1: 9}, {2: 9}) == "Songs"
-    assert answer(tmp_path, "in (1871).", {2: 9}, {2: 9}) == "1871"
+def test_pieces_and_brackets_are_joined_before_the_alignment():
+    assert answer("the Songs (1871), alpha", ({1: 9}, {4: 9})) == "Songs (1871"
+    assert answer("the Songs alpha", ({1: 9}, {2: 9})) == "Songs"
+    assert answer("in (1871).", ({2: 9}, {2: 9})) == "1871"
 
 
-def plain_answer(squad, features, vocab, row_logits):
-    """The rules of run_squad.py once more, in plain loops over one question's windows."""
-    tokens = list(vocab)
-    candidates = []
-    for row, (start, end) in row_logits.items():
-        by_start = sorted(range(384), key=lambda i: -start[i])[:20]
-        by_end = sorted(range(384), key=lambda i: -end[i])[:20]
-        for s in by_start:
-            for e in by_end:
-                if features.word[row, s] < 0 or features.word[row, e] < 0 or not features.max_context[row, s]:
-                    continue
-                if s <= e < s + 30:
-                    candidates.append((start[s] + end[e], row, s, e))
-    if not candidates:
-        return ""
-    _, row, s, e = max(candidates, key=lambda candidate: candidate[0])
-    passage = squad.passages[squad.questions[features.question[row]].passage]
-    words = [word for word in re.split("[ \t\r\n\u202f]+", passage) if word][features.word[row, s]:features.word[row, e] + 1]
-    text = " ".join(tokens[i] for i in features.input_ids[row, s:e + 1]).replace(" ##", "").replace("##", "")
-    return align(text, " ".join(words))
+def best_span_in_loops(start, end, word, max_context):
+    """Return (score, first, last) of a window's best span by run_squad.py's rules in plain loops, or None."""
+    candidates = [
+        (start[s] + end[e], s, e)
+        for s in sorted(range(384), key=lambda i: -start[i])[:20]
+        for e in sorted(range(384), key=lambda i: -end[i])[:20]
+        if word[s] >= 0 and word[e] >= 0 and max_context[s] and s <= e < s + 30
+    ]
+    return max(candidates, key=lambda candidate: candidate[0], default=None)
 
 
-def test_scoring_agrees_with_plain_loops_on_random_logits(tmp_path):
+def answers_in_loops(squad, features, logits):
+    """Return what `answers_from_log` does, by run_squad.py's rules in plain loops. `logits` has all features."""
+    tokens, best = list(VOCAB), {}
+    for row, number in enumerate(features.question):
+        span = best_span_in_loops(logits.start[row], logits.end[row], features.word[row], features.max_context[row])
+        best.setdefault(number, None)
+        if span and (best[number] is None or span[0] > best[number][1][0]):
+            best[number] = row, span
+    answers = {}
+    for number, found in best.items():
+        question = squad.questions[number]
+        answers[question.id] = ""
+        if found:
+            row, (_, s, e) = found
+            words = [word for word in re.split("[ \t\r\n\u202f]+", squad.passages[question.passage]) if word]
+            text = " ".join(tokens[i] for i in features.input_ids[row, s : e + 1]).replace(" ##", "").replace("##", "")
+            shown = words[features.word[row, s] : features.word[row, e] + 1]
+            answers[question.id] = align(text, " ".join(shown))
+    return answers
+
+
+def random_logits(features, noise, scale):
+    """Return Logits for all features: whole numbers, so that there are many draws."""
+    logits = np.round(noise.normal(0, scale, (2, len(features), 384)))
+    logits[:, np.arange(384) >= features.lengths[:, None]] = MISSING
+    return Logits(np.arange(len(features)), *logits)
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_answers_agree_with_plain_loops_on_random_logits(scale):
+    words = [*WORDS[:5], "songs", "José,", "(in", "1871)"]
     generator = random.Random(0)
-    noise = np.random.default_rng(0)
-    squad = squad_of(*(" ".join(generator.choices(WORDS[:5] + ["songs", "José,", "(in", "1871)"], k=length))
-                       for length in (3, 20, 100, 420, 700)))
+    squad = squad_of(*(" ".join(generator.choices(words, k=length)) for length in (3, 20, 100, 420, 700)))
     features = make_features(squad, VOCAB)
-    for scale in (1, 8):  # whole numbers, so that draws are many
-        responses = {row: np.round(noise.normal(0, scale, (features.lengths[row], 2))) for row in range(len(features))}
-        logits = read_log(log_of(tmp_path, responses), len(features))
-        expected = {}
-        for number, question in enumerate(squad.questions):
-            rows = np.flatnonzero(features.question == number)
-            expected[question.id] = plain_answer(squad, features, VOCAB,
-                                                 {row: (logits.start[row], logits.end[row]) for row in rows})
-        assert answers_from_log(squad, features, VOCAB, logits) == expected
+    logits = random_logits(features, np.random.default_rng(scale), scale)
+    assert answers_from_log(squad, features, VOCAB, logits) == answers_in_loops(squad, features, logits)
+
+
+ANY_WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4) | st.sampled_from(
+    [*WORDS, "songs", "José,", "(in", "1871)", "e\u0301", "[SEP]"]
+)
+PASSAGES = st.lists(ANY_WORDS, min_size=1, max_size=60).map(" ".join)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4)
-                         | st.sampled_from([*WORDS, "songs", "José,", "(in", "1871)", "e\u0301", "[SEP]"]), min_size=1,
-                         max_size=60).map(" ".join), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
-def test_scoring_agrees_with_plain_loops_on_any_passages(passages, seed):
-    """And an answer is a part of its passage's words."""
-    noise = np.random.default_rng(seed)
+@given(st.lists(PASSAGES, min_size=1, max_size=3), st.integers(0, 2**32 - 1))
+def test_answers_agree_with_plain_loops_and_are_in_any_passage(passages, seed):
     squad = squad_of("alpha", *passages)
     features = make_features(squad, VOCAB)
-    starts, ends = np.round(noise.normal(0, 2, (2, len(features), 384)))
-    behind = np.arange(384) >= features.lengths[:, None]
-    starts[behind] = ends[behind] = -10000
-    answers = answers_from_log(squad, features, VOCAB, Logits(np.arange(len(features)), starts, ends))
-    for number, question in enumerate(squad.questions):
-        rows = np.flatnonzero(features.question == number)
-        if len(rows):
-            assert answers[question.id] == plain_answer(squad, features, VOCAB, {row: (starts[row], ends[row]) for row in rows})
-            assert answers[question.id] in " ".join(passage_words(squad.passages[number]))
+    logits = random_logits(features, np.random.default_rng(seed), 2)
+    answers = answers_from_log(squad, features, VOCAB, logits)
+    assert answers == answers_in_loops(squad, features, logits)
+    for question in squad.questions:
+        assert answers.get(question.id, "") in " ".join(WORD.findall(squad.passages[question.passage]))
 
 
-def test_f1_agrees_with_the_definition_on_random_answers():
+def test_the_spans_of_10833_windows_are_those_of_each_window_alone():
+    """As many as SQuAD's validation set has: `best_spans` computes all of them at once."""
+    lengths = (3, 40, 100, 300, 420)
+    features = make_features(squad_of(*(" ".join(["alpha"] * length) for length in lengths)), VOCAB)
+    rows = np.arange(10833) % len(features)
+    noise = np.random.default_rng(0)
+    logits = Logits(rows, *np.round(noise.normal(0, 3, (2, len(rows), 384))))
+    scores, firsts, lasts = best_spans(logits, features)
+    assert scores.shape == firsts.shape == lasts.shape == rows.shape
+    for place in [*range(len(features)), *range(100, 10833, 250), 10832]:
+        row = rows[place]
+        arrays = logits.start[place], logits.end[place], features.word[row], features.max_context[row]
+        expected = best_span_in_loops(*arrays)
+        found = scores[place], firsts[place], lasts[place]
+        assert found == expected if expected else scores[place] == -np.inf
+
+
+def test_f1_agrees_with_its_definition_on_random_answers():
+    def words(text):
+        text = "".join(c for c in text.lower() if c not in string.punctuation)
+        return [word for word in text.split() if word not in ("a", "an", "the")]
+
     generator = random.Random(1)
     for _ in range(500):
-        answer, accepted = (" ".join(generator.choices(["a", "The", "x", "y,", "Z!", "w"], k=generator.randint(1, 6)))
-                            for _ in range(2))
-
-        def words(text):
-            text = "".join(c for c in text.lower() if c not in string.punctuation)
-            return [word for word in text.split() if word not in ("a", "an", "the")]
-        common = sum(min(count, Counter(words(accepted))[word]) for word, count in Counter(words(answer)).items())
-        expected = 2 * common / (len(words(answer)) + len(words(accepted))) if common else 0
-        exact, f1 = score_question(Question("", "", 0, [accepted]), answer)
-        assert f1 == pytest.approx(expected) and exact == (words(answer) == words(accepted))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int32", "float64"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_log_is_read_in_any_type_and_order(tmp_path, dtype, transposed):
-    values = np.array([[1, 2], [3, 4], [-5, 6]], dtype)
-    data = (values.T if transposed else values).tobytes()
-    logits = read_log(log_of(tmp_path, {7: data}), 8, dtype, transposed)
-    assert logits.rows.tolist() == [7]
-    assert logits.start[0, :4].tolist() == [1, 3, -5, -10000] and logits.end[0, :4].tolist() == [2, 4, 6, -10000]
-
-
-def test_of_several_responses_the_last_counts_and_a_notice_tells_of_those_that_differ(tmp_path, capsys):
-    path = tmp_path / "log.json"
-    log_of(tmp_path, {3: [(1, 2)], 5: [(3, 4)]})
-    entries = json.loads(path.read_text())
-    path.write_text(json.dumps([*entries, entries[0]]))
-    assert read_log(str(path), 8).start[:, 0].tolist() == [1, 3]
-    assert not capsys.readouterr().err
-    changed = {**entries[1], "data": np.float32([7, 8]).tobytes().hex()}
-    path.write_text(json.dumps([*entries, changed]))
-    assert read_log(str(path), 8).start[:, 0].tolist() == [1, 7]
-    assert "1 samples have several responses that differ, sample 5 for one; the last one counts" in capsys.readouterr().err
-
-
-def test_a_log_of_some_features_scores_the_questions_it_holds(tmp_path, script):
-    """And --max_examples means the first so many features, also of a longer log."""
-    squad = read_squad(script.demo_dataset)
-    features = make_features(squad, read_vocab(script.demo_vocab))
-    log_of(tmp_path, {row: pairs(features, row) for row in range(40)})
-    for limit, rows in (((), 40), (("--max_examples", 10), 10)):
-        result = script("accuracy-squad.py", "--log_file", "log.json", *limit)
-        questions = len(set(features.question[:rows]))
-        assert f"scored {questions} of the data set's {len(squad.questions)} questions" in result.stderr
-        assert set(json.loads(result.stdout)) == {"exact_match", "f1"}
-        answers = json.loads((tmp_path / "build/result/predictions.json").read_text())
-        assert list(answers) == [question.id for question in squad.questions[:questions]]
-
-
-@pytest.mark.parametrize("content, words", [
-    (None, "No such file"), ("", "cut off"), ('[{"qsl_idx": 0, "data": "00"', "cut off"), ("[]", "no sample"),
-    ("{}", "no sample"), ('[{"qsl_idx": 0}]', "entry 0"), ('[{"qsl_idx": 0, "data": "0G"}]', "entry 0"), ("[3]", "entry 0"),
-    *((f'[{{"qsl_idx": {row}, "data": "{"00" * 8}"}}]', f"sample {row} is not one of") for row in (334, 99999, -1)),
-    ('[{"qsl_idx": 0, "data": "000000"}]', "3 bytes"), ('[{"qsl_idx": 0, "data": ""}]', "0 bytes"),
-    (f'[{{"qsl_idx": 0, "data": "{"00" * 8 * 385}"}}]', "3080 bytes"),
-    (f'[{{"qsl_idx": 0, "data": "{"00" * 12}"}}]', "12 bytes"),
-    ('[{"qsl_idx": 3, "data": "0000C07F00000000"}]', "sample 3: the response holds NaN")])
-def test_a_damaged_log_is_named(script, tmp_path, content, words):
-    if content is not None:
-        (tmp_path / "log.json").write_text(content)
-    fails(script("accuracy-squad.py", "--log_file", "log.json"), "log.json", words)
-
-
-def test_a_log_without_the_first_features_is_named(script, tmp_path):
-    log_of(tmp_path, {20: np.zeros((9, 2))})
-    fails(script("accuracy-squad.py", "--log_file", "log.json", "--max_examples", 20), "log.json", "first 20 features")
-
-
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(
-    st.sampled_from(["qsl_idx", "data", "other"]), inner))
-ENTRIES = st.lists(st.fixed_dictionaries({"qsl_idx": st.integers(-1, 3), "data": st.binary(max_size=40).map(bytes.hex)}))
-
-
-@given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()) | ENTRIES.map(lambda value: json.dumps(value).encode()),
-       st.sampled_from(["float32", "float16", "int8"]), st.booleans())
-def test_whatever_a_log_holds_it_is_read_or_refused(tmp_path_factory, content, dtype, transposed):
-    path = tmp_path_factory.getbasetemp() / "log.json"
-    path.write_bytes(content)
-    try:
-        logits = read_log(str(path), 3, dtype, transposed)
-    except UserError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-    else:
-        assert set(logits.rows) <= {0, 1, 2} and len(logits.rows) and logits.start.shape == logits.end.shape
-
-
-def test_the_scorer_takes_the_files_that_automation_gives(script, tmp_path):
-    log_of(tmp_path, {0: np.zeros((9, 2), np.float16).tobytes()})
-    result = script("accuracy-squad.py", "--val_data", script.demo_dataset, "--vocab_file", script.demo_vocab,
-                    "--log_file", "log.json", "--out_file", "new/out.json", "--features_cache_file", "kept.npz",
-                    "--output_dtype", "float16", "--max_examples", 5)
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 1 and result.stdout.startswith('{"exact_match": ')
-    assert (tmp_path / "new/out.json").exists() and (tmp_path / "kept.npz").exists()
-
-
-def test_scoring_imports_no_framework(script, tmp_path):
-    (tmp_path / "check.py").write_text(
-        f"import sys; sys.path.insert(0, {str(script.root)!r}); import squad_eval, runpy\n"
-        f"runpy.run_path({str(script.root / 'accuracy-squad.py')!r})\n"
-        "assert not {'torch', 'tensorflow', 'transformers', 'pkg_resources', 'onnxruntime'} & set(sys.modules)")
-    result = script(tmp_path / "check.py")
-    assert result.returncode == 0, result.stderr
-
-
-def test_spans_of_a_whole_validation_set_are_found_in_a_few_arrays():
-    """`best_spans` gives -inf for a row without a valid span, never another row's."""
-    squad = squad_of("alpha", " ".join(["alpha"] * 60))
-    features = make_features(squad, VOCAB)
-    start, end = np.zeros((2, 2, 384))
-    start[1, FIRST + 40:FIRST + 60] = end[1, FIRST:FIRST + 20] = 5
-    scores, firsts, lasts = best_spans(Logits(np.array([0, 1]), start, end), features)
-    assert scores.tolist() == [0, -np.inf] and (firsts[0], lasts[0]) == (FIRST, FIRST)
+        texts = (generator.choices(["a", "The", "x", "y,", "Z!", "w"], k=generator.randint(1, 6)) for _ in range(2))
+        given, accepted = map(" ".join, texts)
+        common = sum(min(count, Counter(words(accepted))[word]) for word, count in Counter(words(given)).items())
+        expected = 2 * common / (len(words(given)) + len(words(accepted))) if common else 0
+        exact, f1 = score_question(Question("", "", 0, [accepted]), given)
+        assert f1 == pytest.approx(expected) and exact == (words(given) == words(accepted))

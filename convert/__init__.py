@@ -1,0 +1,1 @@
+"""Convert models between forms, quantize and calibrate them."""

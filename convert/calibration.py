@@ -1,0 +1,71 @@
+"""Calibrate int8 for the PyTorch backend: find the range of each linear layer's inputs over real samples."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import config
+from bert_weights import model_files, read_weights
+from create_squad_data import load_features, read_calibration, write_cache
+from packed_bert import Bert, PrepackedLinear, Ranges
+from squad_QSL import Batch, SquadQSL
+
+
+class Observer(PrepackedLinear):
+    """A linear layer in fp32 that records the range of its inputs in `ranges` under its name."""
+
+    def __init__(self, ranges: Ranges, name: str, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(weight, bias)
+        self.ranges, self.name = ranges, name
+        ranges[name] = torch.zeros(weight.shape[1]), torch.zeros(weight.shape[1])
+
+    def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Return what the layer computes."""
+        low, high = self.ranges[self.name]
+        self.ranges[self.name] = torch.minimum(low, x.amin(0)), torch.maximum(high, x.amax(0))
+        return super().__call__(x, gelu, residual)
+
+
+@torch.inference_mode()
+def input_ranges(model: str, batches: Iterable[Batch]) -> Ranges:
+    """Return the ranges of the inputs of `model`'s linear layers over `batches`. Raises UserError."""
+    ranges: Ranges = {}
+    bert = Bert(*read_weights(model), torch.device("cpu"), torch.float32, partial(Observer, ranges))
+    for batch in batches:
+        bert(batch)
+    return ranges
+
+
+def int8_ranges(model: str) -> Ranges:
+    """Return the `input_ranges` of `model` over the calibration samples, from build/cache if they are there.
+
+    The samples are those of CALIBRATION_FILE, one of MLPerf's two lists, or 100 at even steps if it does not exist. The
+    cache file is named after the content of the weights and of the samples. Raises UserError.
+    """
+    squad, features = load_features(*config.dataset_files())
+    calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
+    if os.path.exists(calibration):
+        rows = read_calibration(calibration, squad, features)
+    else:
+        rows = np.unique(np.linspace(0, len(features) - 1, 100).astype(int))
+        config.notice(f"{calibration} is missing; calibrating with 100 samples at even steps, not with MLPerf's list")
+    digest = config.file_digest(model_files(model)[1])
+    key = hashlib.sha256(digest.encode() + features.input_ids[rows].tobytes()).hexdigest()
+    cache = os.path.join(config.CACHE_DIR, f"int8-{key[:16]}.npz")
+    if os.path.exists(cache):
+        try:
+            with np.load(cache, allow_pickle=False) as archive:
+                pairs = archive.items()
+                return {name: (torch.from_numpy(low), torch.from_numpy(high)) for name, (low, high) in pairs}
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            config.notice(f"the cache {cache} is damaged ({error}); calibrating again")
+    qsl = SquadQSL(features)
+    ranges: Ranges = input_ranges(model, (qsl.batch(np.array([row])) for row in rows))
+    write_cache(cache, {name: torch.stack(pair).numpy() for name, pair in ranges.items()})
+    return ranges

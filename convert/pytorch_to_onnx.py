@@ -1,0 +1,117 @@
+"""Convert a BERT for question answering from PyTorch to an ONNX file.
+
+    python3 -m convert.pytorch_to_onnx --model FOLDER_OR_FILE --onnx_out model.onnx
+
+Inputs: `input_ids`, `input_mask`, `segment_ids`, int64 (batch, length), both dynamic; --published fixes the length at
+the 384 of MLPerf's file. Outputs: `output_start_logits`, `output_end_logits`, float32 (batch, length).
+
+The graph has the form that ONNX Runtime runs fastest, in standard operators, so that other frameworks read it too: one
+product for queries, keys and values, and one operator each for LayerNormalization and Gelu. ONNX Runtime fuses biases
+and residuals into these when it loads the file; its own Attention operator was measured to be no faster.
+"""
+
+import argparse
+import os
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import config
+from bert_weights import read_weights
+from config import UserError
+from create_squad_data import MAX_SEQ_LENGTH
+
+OPSET = 20  # the first with Gelu
+INPUTS = config.ONNX_INPUTS[0]
+OUTPUTS = ("output_start_logits", "output_end_logits")
+ONE_FILE_BYTES = 1_900_000_000  # protobuf's limit is 2 GiB; more weights go to a second file beside the first
+
+
+def build_model(bert_config: dict[str, Any], weights: dict[str, np.ndarray], length: int | None = None) -> Any:
+    """Return BERT as an onnx.ModelProto of a fixed length, or of any if `length` is None; `weights` are float32."""
+    hidden, heads = bert_config["hidden_size"], bert_config["num_attention_heads"]
+    width = hidden // heads
+    epsilon = bert_config.get("layer_norm_eps", 1e-12)
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
+
+    def constant(value: Any, name: str = "") -> str:  # returns its name, as `add` does
+        name = name or f"constant_{len(constants)}"
+        constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def add(operator: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:  # inputs: tensors or constants
+        tensors = [tensor if isinstance(tensor, str) else constant(tensor) for tensor in inputs]
+        name = f"{operator}_{len(nodes)}"
+        names = [name] if outputs == 1 else [f"{name}_{number}" for number in range(outputs)]
+        nodes.append(helper.make_node(operator, tensors, names, name=name, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def linear(x: str, *names: str) -> Any:  # layers with the same input become one
+        kernel = constant(np.concatenate([weights[f"{name}.weight"] for name in names]).T, f"{names[0]}.kernel")
+        return add("Add", add("MatMul", x, kernel), np.concatenate([weights[f"{name}.bias"] for name in names]))
+
+    def norm(x: str, name: str) -> Any:
+        parameters = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return add("LayerNormalization", x, *parameters, axis=-1, epsilon=epsilon)
+
+    ids, mask, segments = INPUTS
+    words = constant(weights["bert.embeddings.word_embeddings.weight"], "word_embeddings")
+    positions = constant(weights["bert.embeddings.position_embeddings.weight"], "position_embeddings")
+    types = constant(weights["bert.embeddings.token_type_embeddings.weight"], "token_type_embeddings")
+    tokens = add("Shape", ids, start=1, end=2)
+    x = add("Add", add("Gather", words, ids), add("Gather", types, segments))
+    x = norm(add("Add", x, add("Slice", positions, [0], tokens)), "bert.embeddings.LayerNorm")
+    padding = add("Sub", np.float32(1), add("Cast", add("Unsqueeze", mask, [1, 2]), to=TensorProto.FLOAT))
+    bias = add("Mul", padding, np.float32(-10000))
+    for layer in range(bert_config["num_hidden_layers"]):
+        prefix = f"bert.encoder.layer.{layer}"
+        qkv = linear(x, *(f"{prefix}.attention.self.{name}" for name in ("query", "key", "value")))
+        qkv = add("Transpose", add("Reshape", qkv, [0, 0, 3, heads, width]), perm=[2, 0, 3, 1, 4])
+        q, k, v = (add("Squeeze", part, [0]) for part in add("Split", qkv, outputs=3, axis=0, num_outputs=3))
+        scores = add("MatMul", q, add("Transpose", k, perm=[0, 1, 3, 2]))
+        scores = add("Add", add("Mul", scores, np.float32(width**-0.5)), bias)
+        context = add("Transpose", add("MatMul", add("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3])
+        context = linear(add("Reshape", context, [0, 0, hidden]), f"{prefix}.attention.output.dense")
+        x = norm(add("Add", context, x), f"{prefix}.attention.output.LayerNorm")
+        inner = add("Gelu", linear(x, f"{prefix}.intermediate.dense"))
+        x = norm(add("Add", linear(inner, f"{prefix}.output.dense"), x), f"{prefix}.output.LayerNorm")
+    pair = add("Split", linear(x, "qa_outputs"), outputs=2, axis=-1, num_outputs=2)
+    nodes += [helper.make_node("Squeeze", [x, constant([-1])], [name], name=name) for x, name in zip(pair, OUTPUTS)]
+
+    shape = ["batch", length or "length"]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in INPUTS]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in OUTPUTS]
+    graph = helper.make_graph(nodes, "BERT", inputs, outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def write_model(path: str, model: onnx.ModelProto) -> None:
+    """Write an ONNX file; weights over ONE_FILE_BYTES go to PATH.data. Raises UserError."""
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > ONE_FILE_BYTES
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if os.path.exists(f"{path}.data"):
+            os.unlink(f"{path}.data")  # onnx would append to it
+        onnx.save(model, path, save_as_external_data=large, location=os.path.basename(f"{path}.data"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the model ({error.strerror}); give another path or free disk") from None
+
+
+def main() -> None:
+    """Convert the model that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=config.PYTORCH_MODEL, help="folder or state dict (default: %(default)s)")
+    parser.add_argument("--onnx_out", default=config.ONNX_MODEL, help="default: %(default)s")
+    parser.add_argument("--published", action="store_true", help=f"inputs of the fixed length {MAX_SEQ_LENGTH}")
+    args = parser.parse_args()
+    bert_config, tensors = read_weights(args.model)
+    weights = {name: tensor.numpy() for name, tensor in tensors.items()}
+    write_model(args.onnx_out, build_model(bert_config, weights, MAX_SEQ_LENGTH if args.published else None))
+    print(f"{args.onnx_out}: {len(weights)} weights")
+
+
+if __name__ == "__main__":
+    config.run_command(main)

@@ -1,0 +1,146 @@
+"""Quantize an fp32 ONNX file of BERT to int8: static and symmetric, as QuantizeLinear and DequantizeLinear pairs.
+
+    python3 -m convert.quantize_onnx --onnx model.onnx --out int8.onnx --calibration bert_calibration_features.txt
+
+The encoder's products with a weight run in int8; embeddings, norms, softmax, the products within attention and the
+answer layer stay in fp32. A weight has one scale per column. An input has one scale for all tokens, from its largest
+values over the features of --calibration, one of MLPerf's two lists: feature indices or question ids, one per line.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, helper, numpy_helper
+
+import config
+from config import UserError
+from convert.pytorch_to_onnx import write_model
+from create_squad_data import load_features, read_calibration
+from onnxruntime_SUT import OnnxModel
+from squad_QSL import SquadQSL
+
+LIMIT = 127  # the largest int8; the smallest that is used is -127, because the quantization is symmetric
+OPSET = 13  # the first with a scale per column
+ANSWERS = 2  # columns of the answer layer's weight
+RENAMED = dict(zip(*config.ONNX_INPUTS))  # inputs of the fp32 file: those of the int8 file
+
+
+def read_model(path: str) -> tuple[onnx.ModelProto, dict[str, TensorProto], list[tuple[str, str]]]:
+    """Read an fp32 ONNX file: (model, {name: matrix}, [(input's name, matrix's name)] of its products)."""
+    try:
+        model = onnx.load(path)
+    except (OSError, DecodeError) as error:
+        raise UserError(f"{path}: not an ONNX model ({config.first_line(error)}); `make convert` writes one") from None
+    opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
+    if opset < OPSET:
+        raise UserError(f"{path}: opset {opset} is below {OPSET}, the first with a scale per column; convert it again")
+    constants = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
+    weights = {tensor.name: tensor for tensor in constants if len(tensor.dims) == 2 and tensor.dims[1] != ANSWERS}
+    products = [tuple(node.input) for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    if not products:
+        raise UserError(f"{path}: no product with a float32 weight to quantize; give the fp32 model")
+    return model, weights, products
+
+
+def max_magnitudes(path: str, names: list[str], qsl: SquadQSL, rows: Iterable[int]) -> dict[str, np.ndarray]:
+    """Return the largest magnitudes of a model's tensors `names` over samples: {name: float32 (channels,)}."""
+    model = onnx.load(path)
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(f"{folder}/model.onnx", model)
+        del model  # before ONNX Runtime needs the memory
+        observed = OnnxModel(f"{folder}/model.onnx", onnxruntime.SessionOptions(), path)
+    maxima = dict.fromkeys(names, np.zeros((), np.float32))
+    for row in rows:
+        for name, value in zip(names, observed.run(names, qsl.batch(np.array([row])))):
+            maxima[name] = np.maximum(maxima[name], np.abs(value).reshape(-1, value.shape[-1]).max(axis=0))
+    return maxima
+
+
+def outlier_scales(maxima: np.ndarray) -> np.ndarray:
+    """Return factors, float32 (channels,), that bring outlier channels down to the 99th percentile of `maxima`.
+
+    In a trained BERT a few channels are ten times as large as the others, which under one scale for all would have only
+    a few of the 255 values. Scaling the rows of the weight up leaves the product unchanged, as in SmoothQuant (Xiao et
+    al. 2022, arXiv:2211.10438), which scales all channels. If no channel is twice the percentile, all factors are 1.
+    """
+    usual = np.sort(maxima)[-1 - len(maxima) // 100]
+    if maxima.max() < 2 * usual:
+        return np.ones_like(maxima)
+    return np.asarray(np.minimum(usual / np.maximum(maxima, usual), 1), np.float32)
+
+
+def quantize(model: onnx.ModelProto, weights: dict[str, TensorProto], maxima: dict[str, np.ndarray]) -> None:
+    """Quantize a model's products with `weights`, in place, and rename its inputs; `maxima` is of `max_magnitudes`."""
+    graph = model.graph
+    nodes: list[onnx.NodeProto] = []
+    quantized = set()  # names of tensors
+
+    def constant(name: str, value: np.ndarray | np.generic) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    def add(operator: str, inputs: list[str], output: str, name: str, **attributes: int) -> None:
+        nodes.append(helper.make_node(operator, inputs, [output], name, **attributes))
+
+    def quantize_input(name: str, factors: np.ndarray) -> None:
+        source = name
+        if factors.min() < 1:
+            source = f"{name}_scaled"
+            add("Mul", [name, constant(f"{name}_factors", factors)], source, f"{name}_scale_outliers")
+        limit = max((maxima[name] * factors).max(), 1e-6)
+        scale = [constant(f"{name}_scale", np.float32(limit / LIMIT)), constant(f"{name}_zero", np.int8(0))]
+        add("QuantizeLinear", [source, *scale], f"{name}_int8", f"{name}_quantize")
+        add("DequantizeLinear", [f"{name}_int8", *scale], f"{name}_fake", f"{name}_dequantize")
+
+    def quantize_weight(name: str, factors: np.ndarray) -> None:
+        weight = numpy_helper.to_array(weights[name]) / factors[:, None]
+        scale = (np.maximum(np.abs(weight).max(axis=0), 1e-12) / LIMIT).astype(np.float32)
+        inputs = [constant(f"{name}_int8", np.rint(weight / scale).astype(np.int8)), constant(f"{name}_scale", scale)]
+        inputs.append(constant(f"{name}_zero", np.zeros(len(scale), np.int8)))
+        add("DequantizeLinear", inputs, f"{name}_fake", f"{name}_dequantize", axis=1)
+        graph.initializer.remove(weights[name])
+
+    for value in graph.input:
+        value.name = RENAMED.get(value.name, value.name)
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            factors = outlier_scales(maxima[node.input[0]])
+            for name, quantize_tensor in zip(node.input, (quantize_input, quantize_weight)):
+                if name not in quantized:
+                    quantize_tensor(name, factors)
+            quantized.update(node.input)
+            node.input[:] = [f"{name}_fake" for name in node.input]
+        node.input[:] = [RENAMED.get(name, name) for name in node.input]
+        nodes.append(node)
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+
+
+def main() -> None:
+    """Quantize the file that the command line names."""
+    dataset, vocab_file = config.dataset_files()
+    calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--onnx", default=config.ONNX_MODEL, help="the fp32 model (default: %(default)s)")
+    parser.add_argument("--out", default=config.ONNX_INT8_MODEL, help="default: %(default)s")
+    parser.add_argument("--dataset", default=dataset, help="SQuAD v1.1 JSON file (default: %(default)s)")
+    parser.add_argument("--vocab_file", default=vocab_file, help="BERT's vocab.txt (default: %(default)s)")
+    parser.add_argument("--calibration", default=calibration, help="default: %(default)s")
+    args = parser.parse_args()
+    squad, features = load_features(args.dataset, args.vocab_file)
+    rows = read_calibration(args.calibration, squad, features)
+    model, weights, products = read_model(args.onnx)
+    names = list(dict.fromkeys(name for name, _ in products))
+    quantize(model, weights, max_magnitudes(args.onnx, names, SquadQSL(features), rows))
+    write_model(args.out, model)
+    print(f"{args.out}: {len(products)} products in int8, calibrated on {len(rows)} features")
+
+
+if __name__ == "__main__":
+    config.run_command(main)

@@ -1,0 +1,93 @@
+"""Read and write TensorFlow checkpoints of BERT, whose variables have Google's names.
+
+Everywhere else weights have Hugging Face's names and shapes; only this file knows both.
+"""
+
+import os
+import re
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices about the processor or a missing GPU
+
+import numpy as np
+import tensorflow as tf
+
+import config
+from bert_weights import weight_shapes
+from config import UserError
+
+Weights = dict[str, np.ndarray]  # {Hugging Face's name: float32 array}
+
+# These replacements, in this order, turn a Hugging Face name into Google's.
+RENAMED = (
+    (r"\.(\d+)\.", r"_\1."),
+    (r"LayerNorm\.weight", "LayerNorm.gamma"),
+    (r"LayerNorm\.bias", "LayerNorm.beta"),
+    (r"qa_outputs\.(.*)", r"cls.squad.output_\1"),
+    (r"output_weight$", "output_weights"),
+    (r"_embeddings\.weight", "_embeddings"),
+    (r"\.weight$", ".kernel"),
+    (r"\.", "/"),
+)
+# Variables that question answering does not use: the optimizer's, the pooler, the pretraining heads.
+UNUSED = re.compile(r".*/adam_[mv]$|global_step$|bert/pooler/|cls/predictions/|cls/seq_relationship/")
+
+
+def variables(bert_config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return a BERT's variables as {Google's name: (Hugging Face's name, shape in the checkpoint)}."""
+    table = {}
+    for name, shape in weight_shapes(bert_config).items():
+        google_name = name
+        for pattern, replacement in RENAMED:
+            google_name = re.sub(pattern, replacement, google_name)
+        table[google_name] = name, shape[::-1] if google_name.endswith("/kernel") else shape
+    return table
+
+
+def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> tuple[Weights, list[str]]:
+    """Read a checkpoint and return its weights and the names of the variables that were skipped.
+
+    `prefix` is the path without .index. Raises UserError if a file is missing or damaged, or a variable is missing, of
+    another shape, not finite, or neither BERT's nor in UNUSED.
+    """
+    if not os.path.isfile(f"{prefix}.index"):
+        raise UserError(f"{prefix}.index: no such file; give a path without .index, `make setup` fetches BERT-Large")
+    expected = variables(bert_config)
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        found = reader.get_variable_to_shape_map()
+        arrays = {name: reader.get_tensor(name).astype(np.float32) for name in expected if name in found}
+    except Exception as error:  # TensorFlow has a type for each kind of damage
+        fault = f"damaged or not a TensorFlow checkpoint ({config.first_line(error)})"
+        raise UserError(f"{prefix}: {fault}; download it again") from None
+
+    skipped = [name for name in found if name not in expected and UNUSED.match(name)]
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    faults += [f"{name} is not BERT's" for name in found if name not in expected and name not in skipped]
+    for name, array in arrays.items():
+        shape = expected[name][1]
+        if array.shape != shape:
+            faults.append(f"{name} is {array.shape}, not {shape}")
+        elif not np.isfinite(array).all():
+            faults.append(f"{name} contains NaN or infinity")
+    if faults:
+        more = f" and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise UserError(f"{prefix}: does not fit the BERT configuration: {'; '.join(faults[:20])}{more}")
+    return {expected[name][0]: _transposed(name, array) for name, array in arrays.items()}, skipped
+
+
+def write_checkpoint(prefix: str, bert_config: dict[str, Any], weights: Weights) -> None:
+    """Write `weights` as the checkpoint `prefix`, with bert_config.json beside it. Raises UserError."""
+    remedy = "give another path or free disk"
+    config.write_json(os.path.join(os.path.dirname(prefix), "bert_config.json"), bert_config, remedy)
+    tensors = {google: _transposed(google, weights[name]) for google, (name, _) in variables(bert_config).items()}
+    names, values, slices = [*tensors], [*tensors.values()], [""] * len(tensors)
+    try:
+        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=slices, tensors=values)
+    except tf.errors.OpError as error:
+        raise UserError(f"{prefix}: cannot write the checkpoint ({config.first_line(error)}); {remedy}") from None
+
+
+def _transposed(google_name: str, array: np.ndarray) -> np.ndarray:
+    """Return the transpose of a kernel, which a checkpoint stores as (inputs, outputs), and other arrays unchanged."""
+    return array.T if google_name.endswith("/kernel") else array

@@ -1,0 +1,1 @@
+"""The demo: its data and model, and the scripts that make them."""

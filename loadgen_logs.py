@@ -1,0 +1,188 @@
+"""Read LoadGen's logs (their names, each scenario's metric, the verdict) and keep record.json beside them.
+
+record.json holds what LoadGen does not know of a run; run.py writes it and tools/report reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import config
+from config import UserError
+
+if TYPE_CHECKING:  # numpy
+    from backends import Backend, RunOptions
+
+DETAIL_LOG, SUMMARY_LOG = "mlperf_log_detail.txt", "mlperf_log_summary.txt"
+ACCURACY_LOG, TRACE_LOG = "mlperf_log_accuracy.json", "mlperf_log_trace.json"
+# How each log ends if LoadGen could write all of it.
+LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY_LOG: b".\n", ACCURACY_LOG: b"]\n", TRACE_LOG: b"}\n"}
+RECORD = "record.json"
+LIBRARIES = ("numpy", "tokenizers", "torch", "transformers", "tensorflow", "onnxruntime", "openvino")
+
+
+class Metric(NamedTuple):
+    """The primary metric of a scenario."""
+
+    name: str
+    unit: str
+    scale: float  # how many of LoadGen's units make one `unit`
+    keys: tuple[str, ...]  # of LoadGen's detail log; the first that has a value counts
+
+
+# MLPerf counts a latency's early-stopping estimate; a run too short to have one gives the percentile.
+METRICS = {
+    "Offline": Metric("throughput", "samples/s", 1, ("result_samples_per_second",)),
+    "Server": Metric("throughput", "samples/s", 1, ("result_completed_samples_per_sec",)),
+    "SingleStream": Metric(
+        "90th percentile latency", "ms", 1e6, ("early_stopping_latency_ss", "result_90.00_percentile_latency_ns")
+    ),
+    "MultiStream": Metric(
+        "99th percentile latency",
+        "ms",
+        1e6,
+        ("early_stopping_latency_ms", "result_99.00_percentile_per_query_latency_ns"),
+    ),
+}
+
+
+def read_entries(folder: str) -> list[dict[str, Any]]:
+    """Return the entries of LoadGen's detail log in `folder`: dicts of key, value and more.
+
+    The last line of an unfinished run may be cut off and is then left out. Raises UserError if the log is missing or
+    damaged.
+    """
+    path = os.path.join(folder, DETAIL_LOG)
+    remedy = "give the log folder of a run"
+    entries = []
+    for number, line in enumerate(config.read_text(path, "LoadGen's log", remedy).splitlines(keepends=True), 1):
+        if line.startswith(":::MLLOG ") and line.endswith("\n"):
+            try:
+                entry = json.loads(line.removeprefix(":::MLLOG "))
+                entry["key"], entry["value"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: line {number} is damaged; {remedy}") from None
+            entries.append(entry)
+    return entries
+
+
+def read_detail_log(folder: str) -> dict[str, Any]:
+    """Return LoadGen's detail log in `folder` as {key: value}; the last value of a key counts. Raises UserError."""
+    return {entry["key"]: entry["value"] for entry in read_entries(folder)}
+
+
+def check_logs(folder: str) -> None:
+    """Raise UserError if a log of LoadGen's is incomplete: LoadGen does not report a full disk."""
+    for name, end in LOG_ENDS.items():
+        path = os.path.join(folder, name)
+        try:
+            with open(path, "rb") as file:
+                file.seek(-min(len(end), os.fstat(file.fileno()).st_size), os.SEEK_END)
+                complete = file.read() == end
+        except OSError as error:
+            raise UserError(f"{path}: cannot read LoadGen's log ({error.strerror})") from None
+        if not complete:
+            raise UserError(
+                f"{path}: LoadGen could not write all of it; free disk space or set LOG_PATH to another folder"
+            )
+
+
+def primary_metric(scenario: str, log: dict[str, Any]) -> tuple[str, float | None, str]:
+    """Return (name, value, unit) of the scenario's metric; the value is None if `log` (a detail log) has none."""
+    metric = METRICS[scenario]
+    value = next((log[key] for key in metric.keys if log.get(key)), None)
+    return metric.name, value and value / metric.scale, metric.unit
+
+
+def verdict(scenario: str, log: dict[str, Any], quick: bool = False) -> str:
+    """Return the last line of a performance run: LoadGen's verdict (none for a `quick` run) and the primary metric."""
+    name, value, unit = primary_metric(scenario, log)
+    result = "not known: LoadGen logged none" if value is None else f"{value:.6g} {unit}"
+    return f"{'TRIAL, no official result' if quick else log['result_validity']}: {scenario} {name} {result}"
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def gpu() -> str | None:
+    """Return the name of the GPU that PyTorch uses; None if PyTorch is not loaded or uses none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() and config.use_gpu() else None
+
+
+def revision() -> str | None:
+    """Return this project's commit, with "-dirty" if files were changed; None outside a git checkout."""
+    command = ["git", "-C", config.ROOT, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def timestamp() -> str:
+    """Return the time now, with its zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def new_record(options: RunOptions, backend: Backend, batch_tokens: int) -> dict[str, Any]:
+    """Return the record of a run that is about to start; `batch_tokens` is the limit of a batch."""
+    dataset, vocab_file = config.dataset_files()
+    model, variables = backend.model_path, config.FILE_VARIABLES + config.COMPUTE_VARIABLES
+    return {
+        "started": timestamp(),
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "backend": backend.name,
+        "dtype": options.dtype,
+        "batch_tokens": int(batch_tokens),
+        "workers": backend.concurrency,
+        "model": model and os.path.abspath(model),
+        "dataset": os.path.abspath(dataset),
+        "max_examples": options.max_examples,
+        "vocab": os.path.abspath(vocab_file),
+        "variables": {name: os.environ[name] for name in variables if os.environ.get(name)},
+        "processor": processor(),
+        "cores": config.cores(),
+        "gpu": gpu(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "libraries": {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules},
+        "revision": revision(),
+    }
+
+
+def finish_record(record: dict[str, Any]) -> None:
+    """Add the end of the run and the model's md5 (3 s for BERT-Large's file)."""
+    record["finished"] = timestamp()
+    if record["model"] and os.path.isfile(record["model"]):
+        record["model_md5"] = config.file_digest(record["model"], "md5")
+
+
+def write_record(folder: str, record: dict[str, Any]) -> None:
+    """Write `record` to record.json in `folder`. Raises UserError."""
+    remedy = "free disk space or set LOG_PATH to another folder"
+    config.write_json(os.path.join(folder, RECORD), record, remedy)
+
+
+def read_record(folder: str) -> dict[str, Any]:
+    """Return the record in `folder`, {} if there is none. Raises UserError if it is damaged."""
+    path = os.path.join(folder, RECORD)
+    if not os.path.exists(path):
+        return {}
+    record = config.read_json(path, "the run's record", "remove it to continue without")
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: the run's record is not a JSON object; remove it to continue without")
+    return record

@@ -1,0 +1,1 @@
+"""Commands beside a run: download, benchmark, soak, report, submission."""

@@ -1,0 +1,320 @@
+"""Measure backends and dtypes against the baseline: fp32, batch size 1, padded to 384.
+
+python3 -m tools.benchmark --quick                                    PyTorch, BERT-Large, under three minutes
+python3 -m tools.benchmark --runs pytorch:fp32 pytorch:bf16 onnxruntime:fp32
+
+Each run, BACKEND:DTYPE, has its own process; its baseline is BACKEND:reference, the same backend's fp32 model with
+run.py's --reference. In every round each run answers the same samples, whose lengths are distributed as the data set's,
+so a ratio holds if the machine's speed drifts. Without ML_MODEL_FILE_WITH_PATH the model is a BERT-Large with random
+weights: speed does not depend on them. LoadGen is left out: with a backend that computes nothing it handles over a
+hundred thousand samples a second.
+"""
+
+import argparse
+import multiprocessing
+import os
+import queue
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+import config
+from backends import BACKENDS, RunOptions, load_backend
+from batching import plan_batching
+from bert_weights import model_files, read_config
+from config import UserError, log_progress
+from create_squad_data import Features, Squad, load_features, read_vocab
+from squad_eval import MISSING_LOGIT, Logits, score_log
+from squad_QSL import Batch, SquadQSL
+from squad_SUT import SquadSUT, Worker
+
+FOLDER = os.path.join(config.BUILD_DIR, "benchmark")
+REMEDY = "free disk space or correct the permissions"
+ALL_RUNS = [f"{backend}:{dtype}" for backend, entry in BACKENDS.items() for dtype in entry.dtypes]
+DEFAULT_RUNS = ["pytorch:fp32", "pytorch:bf16", "pytorch:int8"]
+
+
+def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarray:
+    """Return `count` samples at even steps of the sorted `lengths`, `group` at each, in random but fixed order."""
+    groups = -(-count // group)
+    steps = ((np.arange(groups) + 0.5) * len(lengths) / groups).astype(int)[:, None] + np.arange(group)
+    steps = np.minimum(steps, len(lengths) - 1).ravel()[:count]
+    return np.random.default_rng(0).permutation(np.argsort(lengths, kind="stable")[steps])
+
+
+def write_random_model(folder: str) -> None:
+    """Write a BERT-Large with random weights into `folder` in Hugging Face's form, unless it exists."""
+    if not os.path.exists(folder):
+        import torch
+        from transformers import BertConfig, BertForQuestionAnswering
+
+        log_progress(f"writing {folder}")
+        torch.manual_seed(0)
+        model = BertForQuestionAnswering(BertConfig.from_json_file(config.BERT_CONFIG))
+        model.save_pretrained(f"{folder}.part")
+        os.rename(f"{folder}.part", folder)
+
+
+def convert_model(backend: str, dtype: str, folder: str) -> str:
+    """Return the model for `backend` in `dtype`, converted from the one in `folder` (Hugging Face's form)."""
+    prefix = os.path.join(FOLDER, os.path.basename(os.path.normpath(folder)))
+
+    def convert(name: str, module: str, *args: str) -> str:
+        path = f"{prefix}-{name}"
+        if not os.path.exists(path):
+            log_progress(f"writing {path}")
+            command = [sys.executable, "-m", f"convert.{module}", *args, path.removesuffix(".index")]
+            if subprocess.run(command, env={**os.environ, "PYTHONPATH": config.ROOT}, check=False).returncode:
+                raise UserError(f"{path}: convert.{module} failed; `make venv BACKEND=convert` installs what it needs")
+        return path
+
+    if backend == "pytorch":
+        return folder
+    if backend == "tf":
+        convert("tf/model.ckpt.index", "pytorch_to_tf", "--model", folder, "--tf_checkpoint")
+        source = ("--tf_checkpoint", f"{prefix}-tf/model.ckpt", "--bert_config", f"{prefix}-tf/bert_config.json")
+        return convert("model.pb", "freeze_tf", *source, "--out")
+    onnx = convert("model.onnx", "pytorch_to_onnx", "--model", folder, "--onnx_out")
+    return convert("int8.onnx", "quantize_onnx", "--onnx", onnx, "--out") if dtype == "int8" else onnx
+
+
+def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model: str) -> None:
+    """Load a backend as run.py does, then answer the arrays of samples that arrive (a process runs this).
+
+    An array is one query in Offline, a query for each sample in SingleStream. Sends a result, or a UserError.
+    """
+    os.environ["ML_MODEL_FILE_WITH_PATH"] = model
+    reference = dtype == "reference"
+    options = RunOptions(backend_name, scenario, dtype="fp32" if reference else dtype, reference=reference)
+    logits: dict[int, np.ndarray] = {}
+    outcomes: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()  # samples of a batch, or a failure
+
+    class MeasuredSUT(SquadSUT):
+        def answer(self, ids: Sequence[int], batch: Batch) -> None:
+            logits.update(zip(ids, np.split(self.backend.predict(batch), np.cumsum(batch.lengths)[:-1])))
+            outcomes.put(len(ids))
+
+    def run_query(rows: np.ndarray) -> float:
+        begin, left = time.perf_counter(), len(rows)
+        sut.issue_queries([SimpleNamespace(index=row, id=row) for row in rows])
+        while left:
+            outcome = outcomes.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            left -= outcome
+        return time.perf_counter() - begin
+
+    try:
+        worker = Worker()
+        backend = worker.submit(lambda: load_backend(options)).result()
+        qsl = SquadQSL(load_features(*config.dataset_files())[1])
+        worker.submit(lambda: backend.predict(qsl.longest_batch(1))).result()
+        plan = plan_batching(options, backend, qsl)
+        backend.set_concurrency(plan.concurrency)
+        sut = MeasuredSUT(backend, qsl, plan, outcomes.put, worker)
+        while True:
+            rows = pipe.recv()
+            seconds = [run_query(query) for query in ([rows] if scenario == "Offline" else rows[:, None])]
+            pipe.send((seconds, logits, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    except EOFError:
+        pass  # the parent has ended
+    except Exception as error:  # noqa: BLE001 - the parent reports it
+        pipe.send(UserError(f"{backend_name}:{dtype}: {error}"))
+
+
+class Run:
+    """One BACKEND:DTYPE with a process for each scenario, and what was measured."""
+
+    def __init__(self, name: str, folder: str) -> None:
+        self.name = name
+        self.backend, self.dtype = name.split(":")
+        self.baseline = self.dtype == "reference"  # it answers one sample after another in any scenario
+        self.rates: list[float] = []  # samples/s of each round
+        self.latencies: list[list[float]] = []  # milliseconds, of each round
+        self.logits: dict[int, np.ndarray] = {}
+        self.changed: set[int] = set()  # samples whose logits depended on their batch, which is a fault of the backend
+        self.memory = 0  # bytes
+        self.pipes: dict[str, Connection] = {}
+        model = convert_model(self.backend, self.dtype, folder)
+        context = multiprocessing.get_context("spawn")
+        for scenario in ("SingleStream",) if self.baseline else ("Offline", "SingleStream"):
+            self.pipes[scenario], other = context.Pipe()
+            # The arguments must be small: multiprocessing waits forever if a process dies before it has read them.
+            context.Process(target=serve, args=(other, self.backend, self.dtype, scenario, model), daemon=True).start()
+            other.close()  # so that `recv` here fails if the process dies
+            self.answer(scenario, np.array([], int))  # returns when the model is loaded
+
+    def answer(self, scenario: str, rows: np.ndarray) -> list[float]:
+        """Let a process answer the samples `rows`; return the seconds of each query. Raises UserError if it fails."""
+        try:
+            self.pipes[scenario].send(rows)
+            result = self.pipes[scenario].recv()
+        except (EOFError, ConnectionError):
+            raise UserError(f"{self.name}: its process died (out of memory?); give fewer --runs") from None
+        if isinstance(result, UserError):
+            raise result
+        seconds, logits, memory = result
+        for row, array in logits.items():
+            if not np.array_equal(self.logits.setdefault(row, array), array):
+                self.changed.add(row)
+        self.memory = max(self.memory, memory)
+        return list(seconds)
+
+    def measure(self, query: np.ndarray, single: np.ndarray) -> None:
+        """Run one round: the samples `single` in SingleStream and, unless this is a baseline, `query` in Offline."""
+        seconds = self.answer("SingleStream", single)
+        self.latencies.append([1e3 * second for second in seconds])
+        offline = None if self.baseline else self.answer("Offline", query)
+        self.rates.append(len(query) / sum(offline) if offline else len(single) / sum(seconds))
+
+
+def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
+    """Return the multiplications and additions of BERT for samples of `lengths` tokens without padding."""
+    hidden, inner = bert_config["hidden_size"], bert_config["intermediate_size"]
+    linear = 2 * (4 * hidden * hidden + 2 * hidden * inner)
+    layer = sum(length * (linear + 4 * length * hidden) for length in map(int, lengths))
+    return bert_config["num_hidden_layers"] * layer
+
+
+def measure_peak() -> dict[str, float]:
+    """Return the peak GEMM throughput in operations/s of each dtype that the processor has instructions for."""
+    import torch
+
+    from packed_bert import Int8Linear, Linear, PrepackedLinear
+    from pytorch_SUT import cpu_runs
+
+    rows, inputs, outputs = 2048, 1024, 4096
+    peak: dict[str, float] = {}
+    with torch.inference_mode():
+        x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+        layers: list[tuple[str, Any, torch.Tensor]] = []
+        if cpu_runs("int8"):
+            int8 = Int8Linear(weight, bias, x.amin(0), x.amax(0), torch.bfloat16)
+            layers.append(("int8", int8, int8.quantize(x)))
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            for kind in (Linear, PrepackedLinear) if cpu_runs(name) else ():
+                layers.append((name, kind(weight.to(dtype), bias.to(dtype)), x.to(dtype)))
+        for name, layer, matrix in layers:
+            for _ in range(6):
+                begin = time.perf_counter()
+                layer(matrix)
+                rate = 2 * rows * inputs * outputs / (time.perf_counter() - begin)
+                peak[name] = max(peak.get(name, 0), rate)
+    return peak
+
+
+def f1_score(squad: Squad, features: Features, vocab: dict[str, int], logits: dict[int, np.ndarray]) -> float:
+    """Return the F1 over the questions of the samples in `logits`, {sample: float32 (tokens, 2)}."""
+    rows = np.array(sorted(logits))
+    start, end = np.full((2, len(rows), features.input_ids.shape[1]), MISSING_LOGIT)
+    for place, row in enumerate(rows):
+        start[place, : len(logits[row])], end[place, : len(logits[row])] = logits[row].T
+    return score_log(squad, features, vocab, Logits(rows, start, end))[0]["f1"]
+
+
+def ratios(values: Iterable[float], baseline: Iterable[float]) -> str:
+    """Return the median, minimum and maximum over the rounds of `values` divided by the baseline's."""
+    found = [value / base for value, base in zip(values, baseline)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def table_row(run: Run, baseline: Run, operations: float, peak: dict[str, float], f1: str) -> dict[str, str]:
+    """Return the row of `run`, {column: value}; a sample takes `operations` on average."""
+    rate = statistics.median(run.rates)
+    top = peak.get("fp32" if run.baseline else run.dtype)
+    p50, p90, p99 = np.percentile(np.concatenate(run.latencies), [50, 90, 99])
+    p90s, baseline_p90s = (np.percentile(one.latencies, 90, axis=1) for one in (run, baseline))
+    return {
+        "run": run.name,
+        "samples/s": f"{rate:.3g}",
+        "x baseline (min to max)": ratios(run.rates, baseline.rates),
+        "Gop/s": f"{rate * operations / 1e9:.0f}",
+        "% of peak GEMM": f"{100 * rate * operations / top:.0f}" if top else "",
+        "latency p50 / p90 / p99 (ms)": f"{p50:.0f} / {p90:.0f} / {p99:.0f}",
+        "p90 x baseline (min to max)": ratios(p90s, baseline_p90s),
+        "memory (GB)": f"{run.memory / 1e9:.1f}",
+        "F1": f1,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count = parser.add_argument, config.positive_int
+    runs = f"{', '.join(ALL_RUNS)} (default: {' '.join(DEFAULT_RUNS)})"
+    add("--runs", nargs="+", choices=ALL_RUNS, default=DEFAULT_RUNS, metavar="BACKEND:DTYPE", help=runs)
+    add("--samples", type=count, default=32, help="samples in a round, in Offline three times as many (default: 32)")
+    add("--rounds", "--turns", type=count, default=3, help="rounds of all runs (default: 3)")
+    add("--quick", action="store_true", help="8 samples, 1 round")
+    args = parser.parse_args()
+    if args.quick:
+        args.samples, args.rounds = 8, 1
+    return args
+
+
+def main() -> None:
+    """Measure the runs that the command line names and print the table."""
+    args = parse_args()
+    dataset, vocab_file = config.dataset_files()
+    squad, features = load_features(dataset, vocab_file)
+    given = os.environ.get("ML_MODEL_FILE_WITH_PATH")
+    folder = given or os.path.join(FOLDER, "bert-large-random")
+    if not given:
+        write_random_model(folder)
+        if not os.environ.get("CALIBRATION_FILE"):  # random weights need no calibration on a hundred samples
+            os.environ["CALIBRATION_FILE"] = os.path.join(FOLDER, "calibration.txt")
+            with config.atomic_write(os.environ["CALIBRATION_FILE"], REMEDY) as file:
+                file.write(b"0\n1\n2\n3\n")
+    bert_config = read_config(model_files(folder)[0])
+    rows = spread_samples(features.lengths, min(args.samples, len(features)))
+    # a real query of Offline has dozens of samples of each length
+    query = spread_samples(features.lengths, min(3 * args.samples, len(features)), group=4)
+    few = rows[: max(2, len(rows) // 4)]  # for the baseline, which takes the same time for each sample
+
+    backends = dict.fromkeys(run.partition(":")[0] for run in args.runs)
+    runs = []
+    for name in [*(f"{backend}:reference" for backend in backends), *args.runs]:
+        log_progress(f"loading {name}")
+        runs.append(Run(name, folder))
+    peaks = []
+    for number in range(args.rounds):
+        log_progress(f"round {number + 1} of {args.rounds}")
+        for run in runs:
+            run.measure(query, few if run.baseline else rows)
+        peaks.append(measure_peak())
+    peak = {dtype: max(one[dtype] for one in peaks) for dtype in peaks[0]}
+
+    baselines = {run.backend: run for run in runs if run.baseline}
+    operations = flops(bert_config, features.lengths[query]) / len(query)
+    vocab = read_vocab(vocab_file)
+    table = []
+    for run in runs:
+        if run.changed:
+            samples = f"{len(run.changed)} of {len(run.logits)} samples, such as {min(run.changed)},"
+            config.notice(f"{run.name}: {samples} have other logits in Offline than in SingleStream")
+        scored = given and len(run.logits) >= len(rows)
+        f1 = f"{f1_score(squad, features, vocab, run.logits):.2f}" if scored else ""
+        table.append(table_row(run, baselines[run.backend], operations, peak, f1))
+    text = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+    tokens = features.lengths[query].mean()
+    gemm = ", ".join(f"{name} {rate / 1e9:.0f} Gop/s" for name, rate in peak.items())
+    note = f"{folder}, {len(query)} samples of {tokens:.0f} tokens on average; rounds: {args.rounds}; peak GEMM: {gemm}"
+    print(text, note, sep="\n\n")
+    with config.atomic_write(os.path.join(FOLDER, "table.md"), REMEDY) as file:
+        file.write(f"{text}\n\n{note}\n".encode())
+    rates, latencies = {run.name: run.rates for run in runs}, {run.name: run.latencies for run in runs}
+    document = {"note": note, "rows": table, "rates": rates, "latencies_ms": latencies}
+    config.write_json(os.path.join(FOLDER, "table.json"), document, REMEDY)
+
+
+if __name__ == "__main__":
+    config.run_command(main)

@@ -1,0 +1,1 @@
+"""Write a page on one run or several."""

@@ -1,0 +1,101 @@
+"""Read the plan of a submission and describe the system that it runs on."""
+
+import glob
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tomllib
+from typing import Any
+
+from backends import BACKENDS
+from config import UserError, read_text
+from tools.submission.check import BENCHMARKS, FIELDS
+
+Plan = dict[str, Any]  # the values of plan.toml, all texts but "system", which is a dict of texts
+
+CHOICES = {
+    "version": ["v6.1", "v6.0", "v5.1"],
+    "division": ["open", "closed"],
+    "benchmark": BENCHMARKS,
+    "backend": list(BACKENDS),
+}
+FILES = ("model", "dataset", "vocab", "user_conf")
+FOLDERS = ("submitter", "system_name")  # become names of folders
+NAMES = (*CHOICES, *FILES, *FOLDERS, "dtype", "retraining", "weight_transformations")  # must not be empty
+
+
+def read_plan(path: str) -> Plan:
+    """Return the plan in the TOML file `path`. Raises UserError, which names everything that is wrong."""
+    try:
+        plan = tomllib.loads(read_text(path, "the plan", "copy tools/submission/plan.toml and fill it in"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: the plan is not TOML ({error}); correct it") from None
+    system = plan.setdefault("system", {})
+    if not isinstance(system, dict):
+        raise UserError(f"{path}: system must be a table, [system]")
+
+    texts = [*((name, value) for name, value in plan.items() if name != "system"), *system.items()]
+    known = FIELDS["required"] + FIELDS["optional"]
+    faults = [f"{name} is missing or empty" for name in NAMES if not plan.get(name)]
+    faults += [f"{name} is unknown" for name in plan if name not in (*NAMES, "calibration", "system")]
+    faults += [f"{name} in [system] is unknown" for name in system if name not in known]
+    faults += [f"{name} must be text in quotes" for name, value in texts if not isinstance(value, str)]
+    for name, allowed in CHOICES.items():
+        if plan.get(name) and plan[name] not in allowed:
+            faults.append(f"{name} is {plan[name]!r}, expected {' or '.join(allowed)}")
+    for name in FOLDERS:
+        if plan.get(name) and not re.fullmatch(r"\w[\w.+-]*", str(plan[name]), re.ASCII):
+            faults.append(f"{name} is {plan[name]!r}; only letters, digits and . + - _ are allowed")
+    if plan.get("dtype") == "int8" and not plan.get("calibration"):
+        faults.append("calibration, the list that the int8 model was calibrated with, is missing or empty")
+    described = describe_system(plan)
+    if empty := [name for name in FIELDS["required"] if name not in NAMES and not described[name]]:
+        faults.append(f"[system] lacks {', '.join(empty)}; write N/A if a field does not apply")
+    for name in (*FILES, "calibration"):
+        if plan.get(name) and not os.path.exists(str(plan[name])):
+            faults.append(f"{name} is {plan[name]}: no such file")
+    if faults:
+        raise UserError(f"{path}: {'; '.join(faults)}")
+    return plan
+
+
+def describe_machine() -> dict[str, str]:
+    """Return the fields of a system's description that this machine reports."""
+    cpu = dict(re.findall(r"^ *(.+?): +(.+?) *$", subprocess.getoutput("LC_ALL=C lscpu"), re.MULTILINE))
+    try:
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        system = platform.system()
+    loadgen = importlib.metadata.version("mlcommons-loadgen")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fields = {
+        "number_of_nodes": "1",
+        "host_processor_model_name": cpu.get("Model name"),
+        "host_processors_per_node": cpu.get("Socket(s)"),
+        "host_processor_core_count": cpu.get("Core(s) per socket"),
+        "host_processor_frequency": cpu.get("CPU max MHz") and f"{cpu['CPU max MHz']} MHz",
+        "host_processor_caches": ", ".join(f"{name[:-6]} {cpu[name]}" for name in cpu if name.endswith(" cache")),
+        "host_memory_capacity": f"{memory / 2**30:.0f} GiB",
+        "host_storage_capacity": f"{shutil.disk_usage('.').total / 2**30:.0f} GiB",
+        "host_network_card_count": str(len(glob.glob("/sys/class/net/*/device"))),  # virtual ones have no device
+        "operating_system": f"{system}, kernel {platform.release()}",
+        "other_software_stack": f"Python {platform.python_version()}, LoadGen {loadgen}",
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def describe_system(plan: Plan, backend: str = "known after the runs, CPU") -> dict[str, Any]:
+    """Return the system's description, from the machine and the plan; unknown fields are "".
+
+    `backend` is the name that the runs recorded: framework and version, device, dtype.
+    """
+    framework, device = f"{backend}, CPU".split(", ")[:2]
+    fields = dict.fromkeys(sorted(FIELDS["required"] + FIELDS["optional"]), "") | {"framework": framework}
+    if device.lower().startswith("cpu"):
+        fields |= {name: "N/A" for name in FIELDS["required"] if name.startswith("accelerator_")}
+        fields["accelerators_per_node"] = "0"
+    names = {name: plan.get(name) for name in ("division", "submitter", "system_name")}
+    return {**fields, **describe_machine(), **plan["system"], **names}

@@ -1,0 +1,141 @@
+"""Make the runs of a submission, each in its own folder of build/submission-runs, and keep those that are finished.
+
+A folder's name ends with a hash of everything that can change the run's result; run.json in it holds these inputs.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import config
+from config import ROOT, UserError, file_digest, log_progress
+from loadgen_logs import ACCURACY_LOG, RECORD, check_logs, read_record
+from tools.submission.check import RULES
+from tools.submission.plan import Plan, describe_machine
+
+RUNS = f"{config.BUILD_DIR}/submission-runs"
+RUN_LOG, INPUTS = "run.log", "run.json"  # in a run's folder: run.py's output, the run's inputs
+# The project's files that a run uses. The rest of convert/ only writes model files, which are inputs themselves.
+SOURCES = ("*.py", "bert_config.json", "convert/calibration.py")
+# TEST01 is a performance run (LoadGen's mode 2).
+AUDIT_CONFIG = "*.*.mode = 2\n" + "".join(f"*.*.{key} = {value}\n" for key, value in RULES["test01"]["audit"].items())
+
+
+def file_hashes(path: str) -> dict[str, str]:
+    """Return {name: sha256} of a model: of the files in the folder `path`, or of a file and its bert_config.json."""
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else [os.path.basename(path), "bert_config.json"]
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    return {name: file_digest(file) for name in names if os.path.isfile(file := os.path.join(folder, name))}
+
+
+def fingerprint(plan: Plan) -> dict[str, Any]:
+    """Return the inputs that all runs of a plan have in common."""
+    sources = [name for pattern in SOURCES for name in glob.glob(pattern, root_dir=ROOT)]
+    return {
+        "backend": plan["backend"],
+        "dtype": plan["dtype"],
+        "machine": describe_machine(),
+        "model": file_hashes(plan["model"]),
+        **{name: file_digest(plan[name]) for name in ("dataset", "vocab", "calibration") if plan.get(name)},
+        "variables": {name: os.environ[name] for name in config.COMPUTE_VARIABLES if os.environ.get(name)},
+        "code": {name: file_digest(f"{ROOT}/{name}") for name in sorted(sources)},
+    }
+
+
+def scenario_settings(path: str, scenario: str) -> list[str]:
+    """Return the lines of the user.conf `path` that apply to `scenario`; the others do not change its runs."""
+    text = config.read_text(path, "LoadGen's settings", "give a text file")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    others = [f".{name}." for name in config.SCENARIOS if name != scenario]
+    return [line for line in lines if line and not any(other in line for other in others)]
+
+
+def read_responses(folder: str) -> list[tuple[int, str]]:
+    """Return the responses in a run's accuracy log: [(sample, hexadecimal digits)]."""
+    entries = config.read_json(f"{folder}/{ACCURACY_LOG}", "the accuracy log", "remove the run's folder")
+    return [(entry["qsl_idx"], entry["data"]) for entry in entries]
+
+
+def finished(folder: str) -> bool:
+    """Return whether `folder` holds a finished run: run.json, which is written after it, its record and whole logs."""
+    try:
+        check_logs(folder)
+    except UserError:
+        return False
+    return all(os.path.exists(f"{folder}/{name}") for name in (INPUTS, RECORD))
+
+
+def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> str:
+    """Return the folder of a finished run of a `kind` in LOG_FOLDERS, kept from before or made now.
+
+    `common` is what `fingerprint` returned. Raises UserError if run.py fails.
+    """
+    args = [f"--backend={plan['backend']}", f"--dtype={plan['dtype']}", f"--scenario={scenario}"]
+    args += ["--accuracy"] if kind == "accuracy" else []
+    inputs = {"args": args, **common, "user_conf": scenario_settings(plan["user_conf"], scenario)}
+    inputs["audit_config"] = AUDIT_CONFIG if kind == "TEST01" else None
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    folder = f"{RUNS}/{scenario}-{kind}-{digest[:12]}"
+    if finished(folder):
+        log_progress(f"{folder}: finished before, kept")
+        return folder
+    if os.path.exists(folder):
+        log_progress(f"{folder}: unfinished, removed")
+        shutil.rmtree(folder)
+    log_progress(f"{folder}: running")
+    os.makedirs(folder)
+    shutil.copyfile(plan["user_conf"], f"{folder}/user.conf")
+    command = [sys.executable, f"{ROOT}/run.py", *args, f"--user_conf={folder}/user.conf"]
+    if kind == "TEST01":
+        with open(f"{folder}/audit.config", "w", encoding="utf-8") as file:
+            file.write(AUDIT_CONFIG)
+        command.append(f"--audit_conf={folder}/audit.config")
+    variables = {
+        "ML_MODEL_FILE_WITH_PATH": plan["model"],
+        "DATASET_FILE": plan["dataset"],
+        "VOCAB_FILE": plan["vocab"],
+        "CALIBRATION_FILE": plan.get("calibration", ""),
+        "LOG_PATH": folder,
+        "SKIP_VERIFY_ACCURACY": "1",
+    }
+    line, status = execute(command, {**os.environ, **variables}, f"{folder}/{RUN_LOG}")
+    if status:
+        raise UserError(f"{folder}: {line or f'run.py ended with status {status}'}; {RUN_LOG} there has its output")
+    config.write_json(f"{folder}/{INPUTS}", inputs, "free disk space")
+    return folder
+
+
+def execute(command: list[str], env: dict[str, str], log: str) -> tuple[str, int]:
+    """Run `command` with its output into the file `log` and its progress logged; return (last line, exit status)."""
+    line, pipe = "", subprocess.PIPE
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout  # a pipe
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if re.match(r"\d\d:\d\d:\d\d ", line):
+                    log_progress(f"    {line[9:].rstrip()}")
+        except BaseException:  # such as SystemExit by SIGTERM
+            process.terminate()
+            file.write(process.communicate()[0])
+            raise
+        return line.strip(), process.wait()
+
+
+def common_backend(folders: Iterable[str], dtype: str) -> str:
+    """Return the name of the backend that all runs in `folders` recorded. Raises UserError if it is not of `dtype`."""
+    found: dict[str, str] = {read_record(folder)["backend"]: folder for folder in folders}
+    name = next(iter(found))
+    if len(found) > 1 or dtype not in name.split(", "):
+        names = "; ".join(f"{folder} ran on {name}" for name, folder in found.items())
+        raise UserError(f"{names}; expected one backend in {dtype}: remove older runs or change the plan's dtype")
+    return name

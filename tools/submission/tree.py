@@ -1,0 +1,139 @@
+"""Write the tree of a submission from its finished runs, with the verdicts of the compliance test TEST01."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import BUILD_DIR, ROOT, UserError, atomic_write, file_digest, read_text, write_json
+from create_squad_data import load_features, read_vocab
+from loadgen_logs import ACCURACY_LOG, DETAIL_LOG, SUMMARY_LOG, primary_metric, read_detail_log
+from squad_eval import Logits, read_log, score_log
+from tools.submission.check import GAP, LOG_FOLDERS, RULES, SCENARIOS, within_tolerance
+from tools.submission.plan import Plan, describe_system
+from tools.submission.runs import AUDIT_CONFIG, common_backend, file_hashes, read_responses
+
+TREE = f"{BUILD_DIR}/submission"
+DISK = "free disk space"
+
+
+def write_tree(plan: Plan, runs: dict[tuple[str, str], str]) -> None:
+    """Replace the folder TREE by the tree of finished runs: {(scenario, key of LOG_FOLDERS): the run's folder}."""
+    backend = common_backend(runs.values(), plan["dtype"])
+    shutil.rmtree(TREE, ignore_errors=True)
+    top = f"{TREE}/{plan['division']}/{plan['submitter']}"
+    system, benchmark = plan["system_name"], plan["benchmark"]
+    write_json(f"{top}/systems/{system}.json", describe_system(plan, backend), DISK)
+    copy_source(f"{top}/code/{benchmark}" if plan["version"] == "v5.1" else f"{top}/src")
+    if plan["dtype"] == "int8":
+        path = plan["calibration"]
+        values = {"list": os.path.basename(path), "digest": file_digest(path)}
+        fill_template("calibration.template", f"{top}/documentation/calibration.md", plan | values)
+    for scenario in SCENARIOS:
+        folders = {kind: runs[scenario, kind] for kind in LOG_FOLDERS}
+        write_scenario(f"{top}/results/{system}/{benchmark}/{scenario}", plan, scenario, folders, backend)
+
+
+def write_scenario(folder: str, plan: Plan, scenario: str, runs: dict[str, str], backend: str) -> None:
+    """Write the results of a scenario into `folder`; `runs` is {key of LOG_FOLDERS: the run's folder}."""
+    for kind, logs in LOG_FOLDERS.items():
+        os.makedirs(f"{folder}/{logs}")
+        for name in (SUMMARY_LOG, DETAIL_LOG):
+            shutil.copyfile(f"{runs[kind]}/{name}", f"{folder}/{logs}/{name}")
+    accuracy, performance, test = runs.values()
+    shutil.copyfile(f"{performance}/user.conf", f"{folder}/user.conf")
+    measurements = {
+        "input_data_types": "int32",
+        "retraining": plan["retraining"],
+        "starting_weights_filename": os.path.basename(os.path.normpath(plan["model"])),
+        "weight_data_types": plan["dtype"],
+        "weight_transformations": plan["weight_transformations"],
+    }
+    write_json(f"{folder}/measurements.json", measurements, DISK)
+    accuracy_score = score(plan, accuracy)
+    write_accuracy(f"{folder}/accuracy", accuracy, accuracy_score)
+
+    write(f"{folder}/TEST01/verify_performance.txt", verify_performance(scenario, performance, test))
+    verdict = verify_accuracy(accuracy, test)
+    write(f"{folder}/TEST01/verify_accuracy.txt", verdict)
+    if "TEST PASS" not in verdict:  # then MLPerf compares the scores of TEST01's samples
+        baseline, compliance = score(plan, accuracy, samples_of=test), score(plan, test)
+        write(f"{folder}/TEST01/accuracy/baseline_accuracy.txt", f"{baseline}\n")
+        write(f"{folder}/TEST01/accuracy/compliance_accuracy.txt", f"{compliance}\n")
+        write_accuracy(f"{folder}/TEST01/accuracy", test, compliance)
+
+    metric, value, unit = primary_metric(scenario, read_detail_log(performance))
+    files = [plan[name] for name in ("dataset", "vocab", "calibration") if plan.get(name)]
+    hashes = file_hashes(plan["model"]) | {os.path.basename(path): file_digest(path) for path in files}
+    values = {
+        "scenario": scenario,
+        "result": f"{backend}: {metric} {value or 0:.6g} {unit}, accuracy `{accuracy_score}`",
+        "audit_config": AUDIT_CONFIG,
+        "files": "\n".join(f"- {name}: {digest}" for name, digest in hashes.items()),
+    }
+    fill_template("README.template", f"{folder}/README.md", plan | values)
+
+
+def write(path: str, text: str) -> None:
+    """Write the file `path`, and its folder if it is missing."""
+    with atomic_write(path, DISK) as file:
+        file.write(text.encode())
+
+
+def fill_template(name: str, path: str, values: dict[str, Any]) -> None:
+    """Write the file `path`: the template `name` with its {fields} replaced by `values`."""
+    template = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    write(path, template.format_map(values))
+
+
+def score(plan: Plan, run: str, samples_of: str | None = None) -> str:
+    """Return {"exact_match": X, "f1": Y} of a run's responses, or of those to the samples that another run logged."""
+    squad, features = load_features(plan["dataset"], plan["vocab"])
+    logits = read_log(f"{run}/{ACCURACY_LOG}", len(features))
+    if samples_of:
+        chosen = np.isin(logits.rows, read_log(f"{samples_of}/{ACCURACY_LOG}", len(features)).rows)
+        logits = Logits(logits.rows[chosen], logits.start[chosen], logits.end[chosen])
+    return json.dumps(score_log(squad, features, read_vocab(plan["vocab"]), logits)[0])
+
+
+def write_accuracy(folder: str, run: str, score: str) -> None:
+    """Write accuracy.txt, which is `score` and the hash of the run's accuracy log, and that log truncated."""
+    path, end = f"{run}/{ACCURACY_LOG}", RULES["log_end"]
+    text = read_text(path, "the accuracy log", "remove the run's folder")
+    if len(text) >= RULES["log_characters"]:
+        text = text[:end] + GAP + text[-end:]
+    write(f"{folder}/{ACCURACY_LOG}", text)
+    write(f"{folder}/accuracy.txt", f"{score}\nhash={file_digest(path)}\n")
+
+
+def verify_accuracy(accuracy: str, test: str) -> str:
+    """Return verify_accuracy.txt for the folders of both runs: TEST01's responses are the accuracy run's."""
+    responses, logged = dict(read_responses(accuracy)), read_responses(test)
+    missing = sum(sample not in responses for sample, _ in logged)
+    different = sum(responses.get(sample, data) != data for sample, data in logged)
+    counts = f"num_acc_log_entries = {len(responses)}\nnum_perf_log_entries = {len(logged)}\n"
+    faults = f"num_perf_log_data_mismatch = {different}\nnum_missing_qsl_idxs = {missing}\n"
+    return f"{counts}{faults}TEST {'PASS' if logged and not missing and not different else 'FAIL'}\n"
+
+
+def verify_performance(scenario: str, performance: str, test: str) -> str:
+    """Return verify_performance.txt for the folders of both runs: the primary metrics are close to each other."""
+    submitted, found = (primary_metric(scenario, read_detail_log(folder))[1] or 0 for folder in (performance, test))
+    verdict = "PASS" if within_tolerance(submitted, found) else "FAIL"
+    return f"Reference score = {submitted:.6g}\nTest score = {found:.6g}\nTEST {verdict}\n"
+
+
+def copy_source(folder: str) -> None:
+    """Copy the project's files, those that git tracks, into `folder`."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        raise UserError(f"{ROOT}: is not a git repository; clone it, because the tree has a copy of the tracked files")
+    for name in listed.stdout.split("\0"):
+        source, target = f"{ROOT}/{name}", f"{folder}/{name}"
+        if os.path.isfile(source):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copy(source, target)
