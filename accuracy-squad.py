@@ -3,7 +3,6 @@
 python3 accuracy-squad.py --val_data dev-v1.1.json --vocab_file vocab.txt --log_file mlperf_log_accuracy.json
 """
 
-import argparse
 import json
 import os
 
@@ -17,7 +16,7 @@ def main() -> None:
     """Score the log, save the answers and print the scores."""
     dataset, vocab_file = config.dataset_files()
     log = os.path.join(config.env("LOG_PATH", config.LOG_DIR), ACCURACY_LOG)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     add = parser.add_argument
     add("--val_data", default=dataset, help="SQuAD v1.1 JSON file (default: %(default)s)")
     add("--vocab_file", default=vocab_file, help="BERT's vocab.txt (default: %(default)s)")

@@ -57,12 +57,8 @@ class RunOptions:
         processes. int8 gained 5 % in PyTorch and, in ONNX Runtime, nothing in a quiet minute and 50 % in a noisy one;
         fp32 gained 10 % in ONNX Runtime and in TensorFlow. A server and a Ray actor get one batch after another.
         """
-        return (
-            self.scenario == "Offline"
-            and not self.reference
-            and not self.network
-            and not self.backend.startswith("ray")
-        )
+        elsewhere = self.network or self.backend.startswith("ray")
+        return self.scenario == "Offline" and not self.reference and not elsewhere
 
 
 class Backend(ABC):
@@ -150,7 +146,5 @@ def load_backend(options: RunOptions) -> Backend:
             return RAY_ACTORS.backend_class()(name, entry.backend_class(), options)  # type: ignore[call-arg]
         return entry.backend_class()(options)  # type: ignore[call-arg]
     except ModuleNotFoundError as error:
-        target = "ray" if error.name == "ray" else name
-        raise UserError(
-            f"--backend={options.backend} needs the package {error.name}; `make venv BACKEND={target}` installs it"
-        ) from None
+        remedy = f"`make venv BACKEND={'ray' if error.name == 'ray' else name}` installs it"
+        raise UserError(f"--backend={options.backend} needs the package {error.name}; {remedy}") from None

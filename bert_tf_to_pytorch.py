@@ -6,7 +6,6 @@ Both files and the checkpoint's frozen graph then compute the logits of the same
 their largest difference, and fails if it is 1e-4 or more.
 """
 
-import argparse
 import multiprocessing
 import os
 import tempfile
@@ -65,7 +64,7 @@ def main() -> None:
     from convert.freeze_tf import freeze  # imports TensorFlow, which the processes of the other backends do not need
     from convert.tf_checkpoint import read_checkpoint
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--tf_checkpoint", default=config.TF_CHECKPOINT, help="without .index (default: %(default)s)")
     parser.add_argument("--bert_config", default=config.BERT_CONFIG, help="default: BERT-Large's")
     parser.add_argument("--pytorch_out", default=config.PYTORCH_MODEL, help="default: %(default)s")

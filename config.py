@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
+from types import TracebackType
 from typing import IO, Any, NoReturn
 
 ROOT = os.path.dirname(os.path.abspath(__file__))  # the project's folder
@@ -37,14 +38,9 @@ MAX_THREADS = 1024  # more than any machine has cores; with far more, PyTorch cr
 
 # Environment variables that name a run's files, and those that change how it computes. docs/running.md explains them.
 FILE_VARIABLES = ("ML_MODEL_FILE_WITH_PATH", "VOCAB_FILE", "DATASET_FILE", "CALIBRATION_FILE")
-COMPUTE_VARIABLES = (
-    "USE_GPU",
-    "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER",
-    "MLC_MAX_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "TF_INTRA_OP_PARALLELISM_THREADS",
-    "TF_INTER_OP_PARALLELISM_THREADS",
-)
+TF_THREADS = ("TF_INTRA_OP_PARALLELISM_THREADS", "TF_INTER_OP_PARALLELISM_THREADS")
+THREADS = ("MLC_MAX_NUM_THREADS", "OMP_NUM_THREADS", *TF_THREADS)
+COMPUTE_VARIABLES = ("USE_GPU", "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER", *THREADS)
 
 log = logging.getLogger("bert")
 
@@ -77,9 +73,8 @@ def model_path(backend: str, dtype: str) -> str:
 def require_model_file(path: str) -> None:
     """Raise UserError unless the model file `path` exists."""
     if not os.path.isfile(path):
-        raise UserError(
-            f"{path}: no such model file; `make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
-        )
+        remedy = "`make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
+        raise UserError(f"{path}: no such model file; {remedy}")
 
 
 def dataset_files() -> tuple[str, str]:
@@ -94,6 +89,12 @@ def onnx_inputs(path: str, found: Collection[str]) -> tuple[str, str, str]:
             return names
     expected = " or ".join(map(", ".join, ONNX_INPUTS))
     raise UserError(f"{path}: the inputs are {', '.join(found)}, expected {expected}; `make convert` writes such files")
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that shows a command's docstring as it is written."""
+    prog = command_name() if command_name().endswith(".py") else f"python3 -m {command_name()}"
+    return argparse.ArgumentParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def positive_int(text: str) -> int:
@@ -176,19 +177,24 @@ def read_json(path: str, what: str, remedy: str, encoding: str = "utf-8") -> Any
 def atomic_write(path: str, remedy: str) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the block succeeds; make the folder if it is missing.
 
-    Raises UserError, which ends with `remedy`, if the file cannot be written.
+    A symbolic link keeps pointing to its file, and a device such as /dev/null is written directly. Raises UserError,
+    which ends with `remedy`, if the file cannot be written.
     """
-    part = f"{path}.{os.getpid()}.part"
+    target = os.path.realpath(path)
+    device = os.path.exists(target) and not os.path.isfile(target)
+    part = target if device else f"{target}.{os.getpid()}.part"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(part, "wb") as file:
             yield file
-        os.replace(part, path)
+        if not device:
+            os.replace(part, target)
     except OSError as error:
         raise UserError(f"{path}: cannot write it ({error.strerror or error}); {remedy}") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
+        if not device:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
 
 
 def write_json(path: str, value: Any, remedy: str) -> None:
@@ -206,9 +212,14 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def command_name() -> str:
-    """Return the name under which this process's messages appear: "run.py", or "report" for `-m tools.report`."""
-    path, name = os.path.split(sys.argv[0])
-    return os.path.basename(path) if name == "__main__.py" else name
+    """Return the name of this process's command: "run.py", or "tools.report" for `python3 -m tools.report`."""
+    path = os.path.relpath(sys.argv[0], ROOT).removesuffix("__main__.py").rstrip(os.sep)
+    folder = path.partition(os.sep)[0]
+    return (
+        path.removesuffix(".py").replace(os.sep, ".")
+        if folder in ("convert", "demo", "tools")
+        else os.path.basename(path)
+    )
 
 
 def end_process(message: str, status: int) -> NoReturn:
@@ -219,6 +230,15 @@ def end_process(message: str, status: int) -> NoReturn:
         sys.stderr.write(f"{command_name()}: {message}\n")
         sys.stderr.flush()
     os._exit(status)
+
+
+def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Write one line for a ModuleNotFoundError, the traceback of any other exception; for sys.excepthook."""
+    if isinstance(error, ModuleNotFoundError):
+        remedy = "`make venv BACKEND=…` installs what a command needs into .venv; use .venv/bin/python"
+        sys.stderr.write(f"{command_name()}: error: the package {error.name} is not installed; {remedy}\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -236,8 +256,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         sys.exit(f"{command_name()}: error: {error}")
     except ModuleNotFoundError as error:
-        hint = "`make venv` creates .venv, use .venv/bin/python"
-        sys.exit(f"{command_name()}: error: the package {error.name} is not installed; {hint}")
+        report_missing_package(type(error), error, None)
+        sys.exit(1)
     except KeyboardInterrupt:
         # 128 + SIGINT, as a shell reports it; at once, because a thread that is loading a model would abort the exit
         end_process("interrupted", 130)

@@ -6,7 +6,6 @@ The rules are those of Google BERT's run_squad.py with MLPerf's settings: uncase
 a new window every 128 tokens of the passage. A window is [CLS] question [SEP] piece of the passage [SEP].
 """
 
-import argparse
 import hashlib
 import os
 import re
@@ -263,7 +262,7 @@ def read_calibration(path: str, squad: Squad, features: Features) -> np.ndarray:
 
 def main() -> None:
     """Write the features of a data set to an .npz file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     dataset, vocab_file = config.dataset_files()
     names = ("input_ids", "input_mask", "segment_ids")
     parser.add_argument("--dataset", default=dataset, help="SQuAD v1.1 JSON file (default: %(default)s)")

@@ -104,10 +104,8 @@ def loadgen_settings(options: RunOptions) -> tuple[Any, Any]:
         settings.min_query_count = 1
     rate = {"Offline": settings.offline_expected_qps, "Server": settings.server_target_qps}.get(options.scenario, 0)
     if (samples := rate * settings.min_duration_ms / 1e3) > MAX_SAMPLES:
-        raise UserError(
-            f"{user_conf}: target_qps {rate:g} and min_duration make {samples:.3g} samples, more than "
-            f"{MAX_SAMPLES:g}; give lower values"
-        )
+        found = f"target_qps {rate:g} and min_duration make {samples:.3g} samples"
+        raise UserError(f"{user_conf}: {found}, more than {MAX_SAMPLES:g}; give lower values")
 
     log_settings = lg.LogSettings()
     log_settings.log_output.outdir = config.env("LOG_PATH", config.LOG_DIR)

@@ -24,6 +24,7 @@ ACCURACY_LOG, TRACE_LOG = "mlperf_log_accuracy.json", "mlperf_log_trace.json"
 # How each log ends if LoadGen could write all of it.
 LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY_LOG: b".\n", ACCURACY_LOG: b"]\n", TRACE_LOG: b"}\n"}
 RECORD = "record.json"
+DISK = "free disk space or set LOG_PATH to another folder"
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers", "tensorflow", "onnxruntime", "openvino")
 
 
@@ -37,18 +38,13 @@ class Metric(NamedTuple):
 
 
 # MLPerf counts a latency's early-stopping estimate; a run too short to have one gives the percentile.
+P90 = ("early_stopping_latency_ss", "result_90.00_percentile_latency_ns")
+P99 = ("early_stopping_latency_ms", "result_99.00_percentile_per_query_latency_ns")
 METRICS = {
     "Offline": Metric("throughput", "samples/s", 1, ("result_samples_per_second",)),
     "Server": Metric("throughput", "samples/s", 1, ("result_completed_samples_per_sec",)),
-    "SingleStream": Metric(
-        "90th percentile latency", "ms", 1e6, ("early_stopping_latency_ss", "result_90.00_percentile_latency_ns")
-    ),
-    "MultiStream": Metric(
-        "99th percentile latency",
-        "ms",
-        1e6,
-        ("early_stopping_latency_ms", "result_99.00_percentile_per_query_latency_ns"),
-    ),
+    "SingleStream": Metric("90th percentile latency", "ms", 1e6, P90),
+    "MultiStream": Metric("99th percentile latency", "ms", 1e6, P99),
 }
 
 
@@ -88,9 +84,7 @@ def check_logs(folder: str) -> None:
         except OSError as error:
             raise UserError(f"{path}: cannot read LoadGen's log ({error.strerror})") from None
         if not complete:
-            raise UserError(
-                f"{path}: LoadGen could not write all of it; free disk space or set LOG_PATH to another folder"
-            )
+            raise UserError(f"{path}: LoadGen could not write all of it; {DISK}")
 
 
 def primary_metric(scenario: str, log: dict[str, Any]) -> tuple[str, float | None, str]:
@@ -173,8 +167,7 @@ def finish_record(record: dict[str, Any]) -> None:
 
 def write_record(folder: str, record: dict[str, Any]) -> None:
     """Write `record` to record.json in `folder`. Raises UserError."""
-    remedy = "free disk space or set LOG_PATH to another folder"
-    config.write_json(os.path.join(folder, RECORD), record, remedy)
+    config.write_json(os.path.join(folder, RECORD), record, DISK)
 
 
 def read_record(folder: str) -> dict[str, Any]:
@@ -183,6 +176,6 @@ def read_record(folder: str) -> dict[str, Any]:
     if not os.path.exists(path):
         return {}
     record = config.read_json(path, "the run's record", "remove it to continue without")
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: the run's record is not a JSON object; remove it to continue without")
-    return record
+    if isinstance(record, dict):
+        return record
+    raise UserError(f"{path}: the run's record is not a JSON object; remove it to continue without")

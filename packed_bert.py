@@ -25,7 +25,7 @@ Ranges = dict[str, tuple[Tensor, Tensor]]  # of the inputs of linear layers: {la
 
 
 class Linear:
-    """A linear layer of PyTorch on any device. `weight` is (outputs, inputs), `bias` (outputs,), in the input's dtype."""
+    """A linear layer of PyTorch on any device: `weight` (outputs, inputs) and `bias` (outputs,), in the input dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias

@@ -42,11 +42,8 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 def parse_args(words: list[str] | None = None) -> RunOptions:
     """Return the command line `words` (default: the process's) as RunOptions; end the process if it is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="run.py [--backend B] [--scenario S] [--accuracy | --quick] [flags below]",
-    )
+    parser = config.argument_parser(__doc__)
+    parser.usage = "run.py [--backend B] [--scenario S] [--accuracy | --quick] [flags below]"
     count = config.positive_int
 
     def group(title: str) -> Callable[..., object]:

@@ -5,7 +5,6 @@
 `answers_from_log` extracts such answers from LoadGen's accuracy log by the rules of Google BERT's run_squad.py.
 """
 
-import argparse
 import json
 import re
 import string
@@ -205,14 +204,14 @@ def save_answers(path: str, answers: dict[str, str]) -> None:
 
 def main() -> None:
     """Score ready answers over all questions of a data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("dataset", help="SQuAD v1.1 JSON file")
     parser.add_argument("predictions", help="JSON file, {question id: answer}")
     args = parser.parse_args()
     questions = read_squad(args.dataset).questions
     answers = read_predictions(args.predictions)
     missing = sum(question.id not in answers for question in questions)
-    config.log_progress(f"scored all {len(questions)} questions; {missing} had no prediction and score 0")
+    config.log_progress(f"scored all {len(questions)} questions; {missing} had no prediction, which scores 0")
     print(json.dumps(score(questions, answers)))
 
 

@@ -1,1 +1,7 @@
 """Convert models between forms, quantize and calibrate them."""
+
+import sys
+
+import config
+
+sys.excepthook = config.report_missing_package  # the modules import their packages before `config.run_command` runs

@@ -6,7 +6,6 @@ The graph has the inputs `input_ids:0`, `input_mask:0` and `segment_ids:0`, int3
 --published fixed at the (1, 384) of MLPerf's file, and the output `logits:0`, float32 (batch, length, 2).
 """
 
-import argparse
 import os
 from typing import Any
 
@@ -78,7 +77,7 @@ def freeze(checkpoint: str, bert_config: dict[str, Any], out: str, shape: Shape 
 
 def main() -> None:
     """Freeze the checkpoint that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--tf_checkpoint", default=config.TF_CHECKPOINT, help="without .index (default: %(default)s)")
     parser.add_argument("--bert_config", default=config.BERT_CONFIG, help="default: BERT-Large's")
     parser.add_argument("--out", default=config.TF_MODEL, help="default: %(default)s")

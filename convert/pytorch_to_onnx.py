@@ -10,7 +10,6 @@ product for queries, keys and values, and one operator each for LayerNormalizati
 and residuals into these when it loads the file; its own Attention operator was measured to be no faster.
 """
 
-import argparse
 import os
 from typing import Any
 
@@ -102,7 +101,7 @@ def write_model(path: str, model: onnx.ModelProto) -> None:
 
 def main() -> None:
     """Convert the model that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--model", default=config.PYTORCH_MODEL, help="folder or state dict (default: %(default)s)")
     parser.add_argument("--onnx_out", default=config.ONNX_MODEL, help="default: %(default)s")
     parser.add_argument("--published", action="store_true", help=f"inputs of the fixed length {MAX_SEQ_LENGTH}")

@@ -3,8 +3,6 @@
 python3 -m convert.pytorch_to_tf --model FOLDER_OR_FILE --tf_checkpoint OUT
 """
 
-import argparse
-
 import config
 from bert_weights import read_weights
 from convert.tf_checkpoint import write_checkpoint
@@ -12,7 +10,7 @@ from convert.tf_checkpoint import write_checkpoint
 
 def main() -> None:
     """Convert the model that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--model", default=config.PYTORCH_MODEL, help="folder or state dict (default: %(default)s)")
     parser.add_argument("--tf_checkpoint", required=True, help="output: the checkpoint's path without .index")
     args = parser.parse_args()

@@ -7,7 +7,6 @@ answer layer stay in fp32. A weight has one scale per column. An input has one s
 values over the features of --calibration, one of MLPerf's two lists: feature indices or question ids, one per line.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterable
 
@@ -126,7 +125,7 @@ def main() -> None:
     """Quantize the file that the command line names."""
     dataset, vocab_file = config.dataset_files()
     calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--onnx", default=config.ONNX_MODEL, help="the fp32 model (default: %(default)s)")
     parser.add_argument("--out", default=config.ONNX_INT8_MODEL, help="default: %(default)s")
     parser.add_argument("--dataset", default=dataset, help="SQuAD v1.1 JSON file (default: %(default)s)")

@@ -17,7 +17,6 @@ templates/ has a file for each kind of subject, whose name is the slot {name}:
     ask.SLOT        questions whose answer is the value of SLOT; ask.SLOT_year asks only for the year of a date
 """
 
-import argparse
 import json
 import os
 import random
@@ -26,6 +25,7 @@ import tomllib
 from collections import Counter
 from typing import Any, TypedDict
 
+import config
 from demo.values import FOLDER, Kind, Values
 
 SEED = 1
@@ -196,7 +196,7 @@ def write(path: str, document: dict[str, Any]) -> None:
 
 def main() -> None:
     """Write both parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--dev", default="demo/dev.json", help="write the shipped, unseen questions here")
     parser.add_argument("--train", default="build/demo/train.json", help="write the questions for demo/train.py here")

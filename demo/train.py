@@ -7,7 +7,6 @@ random weights and sees every training question once, from short passages to lon
 demo/dev.json is not used. The same command on the same machine writes the same files.
 """
 
-import argparse
 import json
 import math
 import os
@@ -248,7 +247,7 @@ def save(model: Any, tokens: list[str], folder: str) -> None:
 
 def main() -> None:
     """Train a model and save it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--train", default="build/demo/train.json", help="SQuAD v1.1 file of make_data.py")
     parser.add_argument("--out", default="demo/model", help="write the model into this folder")
     args = parser.parse_args()

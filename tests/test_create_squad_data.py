@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from helpers import refused
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import config
@@ -138,6 +138,8 @@ def test_a_longer_window_counts_a_hundredth_more_for_each_token():
 
 
 @settings(deadline=None)
+@example(378, 378)
+@example(378 + 128, 378)  # the second window ends with the passage
 @given(st.integers(0, 2000), st.integers(317, 380))
 def test_windows_cover_the_passage_and_each_token_is_best_in_one_of_them(tokens, room):
     windows = cut_windows(tokens, room)

@@ -231,40 +231,42 @@ def fake_class():
     return Fake
 
 
+@pytest.fixture(scope="class")
+def fake_backend(cluster):
+    """Return a Ray backend of `fake_class`, whose driver is this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (cluster | DEMO_ENV | {"USE_GPU": "off"}).items():
+            patch.setenv(name, value)
+        from ray_SUT import RayBackend
+
+        backend = RayBackend("pytorch", fake_class(), RunOptions(dtype="bf16"))
+        yield backend
+        backend.close()
+
+
 class TestFakeBackend:
     """What an actor's backend shows of the actor, and what the driver sees of its faults."""
 
-    @pytest.fixture(scope="class")
-    def backend(self, cluster):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (cluster | DEMO_ENV | {"USE_GPU": "off"}).items():
-                patch.setenv(name, value)
-            from ray_SUT import RayBackend
-
-            backend = RayBackend("pytorch", fake_class(), RunOptions(dtype="bf16"))
-            yield backend
-            backend.close()
-
-    def test_the_actors_get_the_options_the_environment_and_what_the_driver_prepared(self, backend):
+    def test_the_actors_get_the_options_the_environment_and_what_the_driver_prepared(self, fake_backend):
         expected = r"Ray [\d.]+, 2 actors on 2 nodes: bf16, prepared in another process, USE_GPU=off"
-        assert re.fullmatch(expected, backend.name), backend.name
-        assert (backend.vocab_size, backend.batch_policy, backend.concurrency) == (None, "single", 4)
-        assert (backend.predict(random_batch(5)) == 5).all()
+        assert re.fullmatch(expected, fake_backend.name), fake_backend.name
+        assert (fake_backend.vocab_size, fake_backend.batch_policy, fake_backend.concurrency) == (None, "single", 4)
+        assert (fake_backend.predict(random_batch(5)) == 5).all()
 
-    def test_the_nodes_get_the_python_files_of_the_root_and_nothing_else(self, backend):
+    def test_the_nodes_get_the_python_files_of_the_root_and_nothing_else(self, fake_backend):
         with pytest.raises(ValueError) as error:
-            backend.predict(random_batch(3))
+            fake_backend.predict(random_batch(3))
         found = set(str(error.value).split()) - {"__pycache__"}
         assert found == {path.name for path in ROOT.glob("*.py")}
 
-    def test_a_fault_of_an_actors_backend_reaches_the_driver(self, backend):
+    def test_a_fault_of_an_actors_backend_reaches_the_driver(self, fake_backend):
         with pytest.raises(ValueError, match="no such layer"):
-            backend.predict(random_batch(1))
+            fake_backend.predict(random_batch(1))
 
-    def test_a_batch_that_kills_every_actor_is_given_up(self, backend):
+    def test_a_batch_that_kills_every_actor_is_given_up(self, fake_backend):
         with refused("a batch of 1 samples lost its Ray actor 3 times"):
-            backend.predict(random_batch(2))
-        assert (backend.predict(random_batch(5)) == 5).all()
+            fake_backend.predict(random_batch(2))
+        assert (fake_backend.predict(random_batch(5)) == 5).all()
 
 
 def test_int8_is_calibrated_once_on_the_driver(driver, monkeypatch, tmp_path):

@@ -34,9 +34,9 @@ ELSEWHERE = {
     "export RAY": "two machines, test_ray_SUT.py",
     "RAY_ADDRESS": "two machines, test_ray_SUT.py",
     ".venv/bin/ray": "two machines, test_ray_SUT.py",
-    ".venv/bin/python run.py --network": "two machines, test_network.py",
+    ".venv/bin/python run.py --network": "two machines, test_network_LON.py",
     ".venv/bin/python run.py --backend=pytorch --scenario=SingleStream --quick": "10 s, as in make demo",
-    ".venv/bin/python run.py --backend=pytorch --scenario=Server --find_peak": "minutes, test_loadgen.py",
+    ".venv/bin/python run.py --backend=pytorch --scenario=Server --find_peak": "minutes, test_run.py",
     ".venv/bin/python -m tools.benchmark": "BERT-Large, test_benchmark.py",
 }
 COMMAND = (".venv", "make", "export", "RAY_ADDRESS")
@@ -63,7 +63,7 @@ SCRIPTS = {
 
 def succeed(folder, *command, **variables):
     """Run a command in `folder`, which must succeed; returns the CompletedProcess."""
-    env = {**os.environ, **variables}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}  # other tests run at the same time
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert result.returncode == 0, result.stderr
     return result
@@ -122,7 +122,7 @@ def test_the_example_of_a_backend_answers_as_pytorch_does(tmp_path):
         f"backends.BACKENDS |= {{{line.strip()}}}\nconfig.run_command(run.main)\n"
     )
     command = (sys.executable, "run_it.py", "--backend=huggingface", "--accuracy")
-    result = succeed(tmp_path, *command, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **DEMO_ENV)
+    result = succeed(tmp_path, *command, PYTHONPATH=str(ROOT), **DEMO_ENV)
     assert result.stdout.splitlines()[-1] in README
 
 

@@ -139,7 +139,7 @@ def edit(folder, key, value):
 
 
 def cut(path, end):
-    """Cut off what stands from `end`, a text or an offset, as the log of a killed run ends."""
+    """Cut off a log at `end`, a text or an offset, as a killed run leaves it."""
     text = path.read_text()
     path.write_text(text[: text.index(end) if isinstance(end, str) else end])
 

@@ -248,7 +248,7 @@ def table_row(run: Run, baseline: Run, operations: float, peak: dict[str, float]
 
 def parse_args() -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     add, count = parser.add_argument, config.positive_int
     runs = f"{', '.join(ALL_RUNS)} (default: {' '.join(DEFAULT_RUNS)})"
     add("--runs", nargs="+", choices=ALL_RUNS, default=DEFAULT_RUNS, metavar="BACKEND:DTYPE", help=runs)

@@ -7,7 +7,6 @@ python3 -m tools.download --backend=pytorch    for this backend
 interrupted download (NAME.part). MODEL_MIRROR may name a folder, or the http(s) address of one, that has the files.
 """
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -185,7 +184,7 @@ def fetch_missing(files: list[File], mirror: str, folder: str) -> None:
 
 def main() -> None:
     """Fetch the files of the manifest that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--backend", choices=EVERY, help="fetch what this backend needs (default: everything)")
     backend = parser.parse_args().backend
     folder, mirror = os.path.dirname(config.DATASET), os.environ.get("MODEL_MIRROR", "")

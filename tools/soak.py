@@ -7,7 +7,6 @@ Further flags go to run.py. LoadGen ends a run only after every query is answere
 not end. The exit status is 1 if a query is lost, if the result is not VALID, or if the memory grows by 2 % or more.
 """
 
-import argparse
 import contextlib
 import os
 import signal
@@ -52,7 +51,7 @@ def kill_actor(pid: int) -> None:
 
 def main() -> int:
     """Run the Server scenario, print its memory every minute and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.argument_parser(__doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=10, help="duration of the run (default: %(default)s)")
     add("--target_qps", type=float, required=True, help="samples/s, such as 80 %% of what --find_peak finds")

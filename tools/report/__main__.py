@@ -7,11 +7,9 @@ A log folder is that of run.py or of another harness under LoadGen. The results 
 the charts come from each sample's latency in its trace. What else run.py knows is in record.json.
 """
 
-import argparse
 import os
 
 import config
-from config import UserError
 
 
 def main() -> None:
@@ -20,8 +18,8 @@ def main() -> None:
         from squad_eval import DTYPES
         from tools.report.page import write_report
     except ModuleNotFoundError as error:
-        raise UserError(f"the package {error.name} is not installed; `make venv BACKEND=report` installs it") from None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        raise config.UserError(f"the package {error.name} is missing; `make venv BACKEND=report` installs it") from None
+    parser = config.argument_parser(__doc__)
     dataset, vocab = config.dataset_files()
     add = parser.add_argument
     add("folders", nargs="+", metavar="LOG_FOLDER", help="folder of LoadGen's logs; several are compared")

@@ -8,14 +8,13 @@ and SingleStream need an accuracy run, a performance run and TEST01 each, togeth
 kept in build/submission-runs, so an interrupted set continues with the runs that are missing.
 """
 
-import argparse
 import itertools
 import os
 import shutil
 import signal
 import sys
 
-from config import UserError, log_progress, run_command
+from config import UserError, argument_parser, log_progress, run_command
 from tools.submission.check import LOG_FOLDERS, SCENARIOS, check
 from tools.submission.plan import read_plan
 from tools.submission.runs import ensure_run, fingerprint
@@ -48,7 +47,7 @@ def submit(path: str) -> int:
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("plan", nargs="?", help="the TOML file that says what to run and describes the system")
     what.add_argument("--check", metavar="TREE", help="only print the faults of a tree")
