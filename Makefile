@@ -49,7 +49,7 @@ test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
-	$(PYTHON) -m pytest -q -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 .PHONY: format
 format: $(call packages,test) ## format the code

@@ -3,13 +3,12 @@
 python3 accuracy-squad.py --val_data dev-v1.1.json --vocab_file vocab.txt --log_file mlperf_log_accuracy.json
 """
 
-import json
 import os
 
 import config
 from create_squad_data import load_features, read_vocab
 from loadgen_logs import ACCURACY_LOG
-from squad_eval import DTYPES, read_log, save_answers, score_log
+from squad_eval import DTYPES, print_scores, read_log
 
 
 def main() -> None:
@@ -30,9 +29,7 @@ def main() -> None:
 
     squad, features = load_features(args.val_data, args.vocab_file, args.features_cache_file)
     logits = read_log(args.log_file, len(features), args.output_dtype, args.output_transposed, args.max_examples)
-    scores, answers = score_log(squad, features, read_vocab(args.vocab_file), logits)
-    save_answers(args.out_file, answers)
-    print(json.dumps(scores))
+    print_scores(squad, features, read_vocab(args.vocab_file), logits, args.out_file)
 
 
 if __name__ == "__main__":

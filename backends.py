@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -94,6 +95,20 @@ class Backend(ABC):
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to end
         """End what would outlive the process; other threads may be inside `predict`, but nobody needs their results."""
+
+
+def graph_shape(path: str, shapes: Sequence[tuple[int | None, ...]], reference: bool) -> tuple[int | None, ...]:
+    """Return (batch size, length) of the batches that a graph runs, from the shapes of its inputs; None is any size.
+
+    The baseline, `reference`, is (1, 384) in each graph. Raises UserError unless all inputs are dynamic or (1, 384).
+    """
+    from create_squad_data import MAX_SEQ_LENGTH  # not at the top, so that `run.py --help` need not import numpy
+
+    sizes = [(batch, length) for batch in (None, 1) for length in (None, MAX_SEQ_LENGTH)]
+    if len(set(shapes)) > 1 or shapes[0] not in sizes:
+        found, remedy = ", ".join(map(str, shapes)), "`make convert` writes files that fit"
+        raise UserError(f"{path}: the inputs' shapes are {found}, expected dynamic or (1, {MAX_SEQ_LENGTH}); {remedy}")
+    return (1, MAX_SEQ_LENGTH) if reference else shapes[0]
 
 
 class Entry(NamedTuple):

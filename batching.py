@@ -107,7 +107,7 @@ def plan_batching(options: RunOptions, backend: Backend, qsl: SquadQSL, latency_
         sort = options.scenario == "Offline" and not options.reference
         return BatchPlan(backend.batch_policy, max_tokens, concurrency, sort, shares=concurrency if sort else 1)
 
-    batch = qsl.longest_batch(1)
+    batch = qsl.longest_batch()
 
     def seconds(concurrency: int) -> float:
         if adjustable:

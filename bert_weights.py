@@ -13,6 +13,8 @@ from create_squad_data import MAX_SEQ_LENGTH
 if TYPE_CHECKING:  # only `read_weights` imports PyTorch; the other functions work without it
     from torch import Tensor
 
+Shapes = dict[str, tuple[int, ...]]  # {name of a weight: shape}
+
 WIDTHS = ("hidden_size", "intermediate_size")
 COUNTS = ("num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings", "type_vocab_size")
 # Tensors that a file may hold although question answering does not use them.
@@ -44,15 +46,15 @@ def read_config(path: str) -> dict[str, Any]:
     return bert_config
 
 
-def weight_shapes(bert_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights of a BERT with this configuration: {name: shape}."""
+def weight_shapes(bert_config: dict[str, Any]) -> Shapes:
+    """Return the shapes of the weights of a BERT with this configuration."""
     hidden, inner = bert_config["hidden_size"], bert_config["intermediate_size"]
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         "bert.embeddings.word_embeddings.weight": (bert_config["vocab_size"], hidden),
         "bert.embeddings.position_embeddings.weight": (bert_config["max_position_embeddings"], hidden),
         "bert.embeddings.token_type_embeddings.weight": (bert_config["type_vocab_size"], hidden),
     }
-    parts: dict[str, tuple[int, ...]] = {"bert.embeddings.LayerNorm": (hidden,), "qa_outputs": (2, hidden)}
+    parts: Shapes = {"bert.embeddings.LayerNorm": (hidden,), "qa_outputs": (2, hidden)}
     for number in range(bert_config["num_hidden_layers"]):
         layer = f"bert.encoder.layer.{number}"
         for name in ("self.query", "self.key", "self.value", "output.dense"):
@@ -63,6 +65,17 @@ def weight_shapes(bert_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for name, shape in parts.items():
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
     return shapes
+
+
+def check_shapes(path: str, config_file: str, found: Shapes, expected: Shapes) -> None:
+    """Raise UserError unless the weights `found` in the file `path` are those that its configuration expects."""
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    faults += [f"{name} is not BERT's" for name in found if name not in expected]
+    misshapen = [name for name in expected if name in found and found[name] != expected[name]]
+    faults += [f"{name} is {found[name]}, not {expected[name]}" for name in misshapen]
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise UserError(f"{path}: does not fit {config_file}: {'; '.join(faults[:4])}{more}; give files of one model")
 
 
 def model_files(model: str) -> tuple[str, str]:
@@ -87,13 +100,7 @@ def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     shapes = weight_shapes(bert_config)
     found = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in UNUSED}
-    faults = [f"{name} is missing" for name in shapes if name not in found]
-    faults += [f"{name} is not BERT's" for name in found if name not in shapes]
-    misshapen = [name for name in shapes if name in found and found[name] != shapes[name]]
-    faults += [f"{name} is {found[name]}, not {shapes[name]}" for name in misshapen]
-    if faults:
-        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise UserError(f"{path}: does not fit {config_file}: {'; '.join(faults[:4])}{more}; give files of one model")
+    check_shapes(path, config_file, found, shapes)
     weights = {name: state[name].float() for name in shapes}
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:

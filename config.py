@@ -213,7 +213,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 def command_name() -> str:
     """Return the name of this process's command: "run.py", or "tools.report" for `python3 -m tools.report`."""
-    path = os.path.relpath(sys.argv[0], ROOT).removesuffix("__main__.py").rstrip(os.sep)
+    path = os.path.relpath(sys.argv[0] or "python", ROOT).removesuffix("__main__.py").rstrip(os.sep)
     folder = path.partition(os.sep)[0]
     return (
         path.removesuffix(".py").replace(os.sep, ".")

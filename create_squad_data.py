@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,11 +95,10 @@ def read_squad(path: str) -> Squad:
                 questions[name] = Question(name, text, len(passages) - 1, answers)
     if not questions:
         raise UserError(f"{path}: the data set has no question; {remedy}")
-    squad = Squad(path, passages, list(questions.values()))
-    odd = [one.id for one in squad.questions if not any(answer in passages[one.passage] for answer in one.answers)]
+    odd = [one.id for one in questions.values() if not any(answer in passages[one.passage] for answer in one.answers)]
     if odd:
         config.notice(f"{path}: {len(odd)} questions (first: {odd[0]!r}) have no answer in the passage; check the file")
-    return squad
+    return Squad(path, passages, list(questions.values()))
 
 
 def read_vocab(path: str) -> dict[str, int]:
@@ -122,11 +121,8 @@ def uncased() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
 
 
 def wordpiece(vocab: dict[str, int]) -> Tokenizer:
-    """Return the uncased WordPiece tokenizer over `vocab`.
-
-    Special tokens are not registered: a literal "[SEP]" in a passage is text, as in Google's code. A word of more than
-    200 characters becomes [UNK], the limit of Google's tokenizer.
-    """
+    """Return the uncased WordPiece tokenizer over `vocab`; "[SEP]" in a passage is text for it, as in Google's code."""
+    # Google's tokenizer makes [UNK] of a word of more than 200 characters.
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
     tokenizer.normalizer, tokenizer.pre_tokenizer = uncased()
     return tokenizer
@@ -176,43 +172,31 @@ def make_features(squad: Squad, vocab: dict[str, int]) -> Features:
     word, max_context = np.full(shape, -1, np.int32), np.zeros(shape, bool)
     for row, (number, query, ids, words, best) in enumerate(windows):
         first, last = len(query), len(query) + len(ids)  # the passage's first token, and the [SEP] after it
-        input_ids[row, :first] = query
-        input_ids[row, first:last] = ids
-        input_ids[row, last] = sep
-        mask[row, : last + 1] = 1
-        segments[row, first : last + 1] = 1
-        lengths[row] = last + 1
-        questions[row] = number
+        lengths[row], questions[row] = last + 1, number
+        input_ids[row, : last + 1] = np.concatenate((query, ids, [sep]))
+        mask[row, : last + 1] = segments[row, first : last + 1] = 1
         word[row, first:last] = words
         max_context[row, first:last] = best
     return Features(input_ids, mask, segments, lengths, questions, word, max_context)
 
 
-def _read_cache(path: str, key: str) -> Features | None:
-    """Return the features in the cache file `path`, or None if it is missing, damaged or of other inputs."""
+def read_cache(path: str) -> dict[str, np.ndarray]:
+    """Return the arrays of the cache file `path`: none if it is missing or, with a notice, if it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if str(archive["key"]) == key:
-                return Features(**{field.name: archive[field.name] for field in fields(Features)})
-            fault = "belongs to another data set, vocabulary or version"
+            return dict(archive)
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        fault = f"is damaged ({error})"
-    config.notice(f"the cache {path} {fault}; making the features again")
-    return None
+        return {}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        config.notice(f"the cache {path} is damaged ({error}); making it again")
+        return {}
 
 
-def write_npz(path: str, arrays: dict[str, Any], remedy: str) -> None:
-    """Write `arrays` to the .npz file `path` atomically. Raises UserError, which ends with `remedy`."""
-    with config.atomic_write(path, remedy) as file:
-        np.savez(file, **arrays)
-
-
-def write_cache(path: str, arrays: dict[str, np.ndarray]) -> None:
+def write_cache(path: str, arrays: dict[str, Any]) -> None:
     """Write `arrays` to the cache file `path`, or give a notice if that fails."""
     try:
-        write_npz(path, arrays, "continuing without this cache")
+        with config.atomic_write(path, "continuing without this cache") as file:
+            np.savez(file, **arrays)
     except UserError as error:
         config.notice(str(error))
 
@@ -230,8 +214,12 @@ def load_features(
     digests = config.file_digest(dataset) + config.file_digest(vocab_file)
     key = hashlib.sha256(repr(settings).encode() + bytes.fromhex(digests)).hexdigest()
     cache = cache or os.path.join(config.CACHE_DIR, f"features-{key[:16]}.npz")
-    features = _read_cache(cache, key)
-    if features is None:
+    arrays = read_cache(cache)
+    if str(arrays.pop("key", "")) == key:
+        features = Features(**arrays)
+    else:
+        if arrays:
+            config.notice(f"the cache {cache} belongs to another data set, vocabulary or version; making it again")
         features = make_features(squad, vocab)
         if not len(features):
             raise UserError(f"{dataset}: no passage contains a word; give a SQuAD v1.1 file")
@@ -270,7 +258,8 @@ def main() -> None:
     parser.add_argument("--out", default="features.npz", help=f"output: {', '.join(names)}, int32, (features, 384)")
     args = parser.parse_args()
     squad, features = load_features(args.dataset, args.vocab_file)
-    write_npz(args.out, {name: getattr(features, name) for name in names}, "give another --out")
+    with config.atomic_write(args.out, "give another --out") as file:
+        np.savez(file, **{name: getattr(features, name) for name in names})
     print(f"{args.out}: {len(squad.questions)} examples, {len(features)} features of {MAX_SEQ_LENGTH} tokens")
 
 

@@ -29,7 +29,7 @@ POLICIES = {name: policy for policy, name in network_format.POLICY_NAMES.items()
 
 
 class Node:
-    """Know a server: how it describes itself, how many requests are open there and, if it is lost, why."""
+    """Talk to a server; hold how it describes itself, how many requests are open there and, if it is lost, why."""
 
     def __init__(self, address: str) -> None:
         """Parse the address, http://HOST:PORT, and connect. Raises UserError if no SUT answers."""

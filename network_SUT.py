@@ -57,11 +57,9 @@ class NetworkSUT(SquadSUT):
         self.chunks: dict[int, Samples] = {}
         self.lengths: dict[int, int] = {}  # tokens of each chunk
         self.chunk_plan = plan
-        # Samples of different requests share a batch only if their lengths do not matter.
-        plan = replace(
-            plan, policy=plan.policy if plan.policy == "mixed" else "single", concurrency=backend.concurrency
-        )
-        super().__init__(backend, self, plan, fail, worker)
+        if plan.policy != "mixed":  # chunks do not share a batch
+            plan = replace(plan, policy="single")
+        super().__init__(backend, self, replace(plan, concurrency=backend.concurrency), fail, worker)
 
     async def logits(self, samples: Samples) -> np.ndarray:
         """Return the logits of a request's samples, float32 (tokens, 2). Raises what the backend raised."""
@@ -155,7 +153,7 @@ def check(samples: Samples, vocab_size: int | None) -> None:
 
 
 def describe(backend: Backend, node: str) -> dict[str, Any]:
-    """Return what /getname/ returns: the name, and what servers that share the queries of a client must agree in.
+    """Return the content of /getname/: the name, and what must be the same on all servers of a client.
 
     The digest of the logits of a fixed sample stands for the model; computing it warms up the backend.
     """

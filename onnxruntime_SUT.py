@@ -7,14 +7,12 @@ import numpy as np
 import onnxruntime
 
 import config
-from backends import Backend, RunOptions
+from backends import Backend, RunOptions, graph_shape
 from config import UserError
-from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
 
 CPU = "CPUExecutionProvider"
 INPUT_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-INPUT_SHAPES = [(batch, length) for batch in (None, 1) for length in (None, MAX_SEQ_LENGTH)]  # None: any size
 SLOW_ON_CPU = {"SkipLayerNormFusion"}  # the fused operator takes longer than an addition and a norm
 REMEDY = "`make convert` writes files that fit"
 
@@ -39,15 +37,16 @@ def describe(nodes: list[onnxruntime.NodeArg]) -> str:
 class OnnxModel:
     """An ONNX file of BERT in ONNX Runtime, with its inputs checked."""
 
-    def __init__(self, path: str, settings: onnxruntime.SessionOptions, name: str, one_thread: bool = False) -> None:
-        """Load the file `path`, which messages call `name`. Raises UserError if it cannot be used.
-
-        With `one_thread`, each call of `run` on a CPU uses one thread, otherwise as many as MLC_MAX_NUM_THREADS.
-        """
+    def __init__(self, path: str, name: str, options: RunOptions) -> None:
+        """Load the file `path`, which messages call `name`. Raises UserError if it cannot be used."""
         config.require_model_file(path)
+        settings = onnxruntime.SessionOptions()
+        if options.profile:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = os.path.join(config.env("LOG_PATH", config.LOG_DIR), "onnxruntime_profile")
         use = providers()
         on_cpu = use == [CPU]
-        threads = 1 if one_thread and on_cpu else config.thread_limit("MLC_MAX_NUM_THREADS")
+        threads = 1 if options.one_batch_per_core and on_cpu else config.thread_limit("MLC_MAX_NUM_THREADS")
         settings.intra_op_num_threads = threads or 0  # 0: one per core
         settings.log_severity_level = 3  # errors only
         if not on_cpu:
@@ -60,13 +59,11 @@ class OnnxModel:
 
         nodes = {node.name: node for node in self.session.get_inputs()}
         inputs = [nodes[input_name] for input_name in config.onnx_inputs(name, list(nodes))]
-        shapes = [tuple(size if isinstance(size, int) else None for size in node.shape) for node in inputs]
-        if len(set(shapes)) > 1 or shapes[0] not in INPUT_SHAPES or {node.type for node in inputs} - set(INPUT_DTYPES):
-            expected = f"int64 or int32, dynamic or (1, {MAX_SEQ_LENGTH})"
-            raise UserError(f"{name}: the inputs are {describe(inputs)}, expected {expected}; {REMEDY}")
+        if not all(node.type in INPUT_DTYPES for node in inputs):
+            raise UserError(f"{name}: the inputs are {describe(inputs)}, expected int64 or int32; {REMEDY}")
         self.inputs = [(node.name, INPUT_DTYPES[node.type]) for node in inputs]
-        batch_size, self.length = shapes[0]  # samples are padded to `length`; None: to the longest of the batch
-        self.single = batch_size == 1  # whether a batch must be one sample
+        shapes = [tuple(size if isinstance(size, int) else None for size in node.shape) for node in inputs]
+        self.batch_size, self.length = graph_shape(name, shapes, options.reference)
 
     def run(self, outputs: list[str] | None, batch: Batch) -> list[np.ndarray]:
         """Return the tensors `outputs` (None: the outputs) for a batch of B samples: (B, length, …)."""
@@ -80,20 +77,14 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self, options: RunOptions) -> None:
         self.model_path = path = config.model_path("onnxruntime", options.dtype)
-        settings = onnxruntime.SessionOptions()
-        if options.profile:
-            settings.enable_profiling = True
-            settings.profile_file_prefix = os.path.join(config.env("LOG_PATH", config.LOG_DIR), "onnxruntime_profile")
-        self.model = OnnxModel(path, settings, path, options.one_batch_per_core)
+        self.model = OnnxModel(path, path, options)
         outputs = self.model.session.get_outputs()
         if [(node.type, len(node.shape)) for node in outputs] != 2 * [("tensor(float)", 2)]:
             raise UserError(f"{path}: the outputs are {describe(outputs)}, not two of float (batch, length); {REMEDY}")
         provider = self.model.session.get_providers()[0]
         if options.one_batch_per_core and provider == CPU:
             self.concurrency = config.threads()
-        if options.reference:
-            self.model.length = MAX_SEQ_LENGTH
-        if options.reference or self.model.single:
+        if self.model.batch_size == 1:
             self.batch_policy = "single"
         elif provider == CPU:
             self.batch_policy = "same_length"

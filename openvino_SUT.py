@@ -6,13 +6,11 @@ import numpy as np
 import openvino
 
 import config
-from backends import Backend, RunOptions
+from backends import Backend, RunOptions, graph_shape
 from config import UserError
-from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}  # an int8 file's other operators run in fp32
-REMEDY = "`make convert` writes files that fit"
 
 
 class OpenVinoBackend(Backend):
@@ -36,13 +34,12 @@ class OpenVinoBackend(Backend):
             names = config.onnx_inputs(path, [port.any_name for port in model.inputs])
             compiled = core.compile_model(model, device, settings)
         except RuntimeError as error:
-            raise UserError(f"{path}: OpenVINO cannot use it ({config.last_line(error)}); {REMEDY}") from None
+            line = config.last_line(error)
+            raise UserError(f"{path}: OpenVINO cannot use it ({line}); `make convert` writes files that fit") from None
         self.inputs = [compiled.input(name) for name in names]
-        shape = self.inputs[0].partial_shape
-        sizes = [size.get_length() if size.is_static else None for size in shape] if shape.rank.is_static else []
-        if sizes not in [[batch, length] for batch in (None, 1) for length in (None, MAX_SEQ_LENGTH)]:
-            raise UserError(f"{path}: the inputs' shape is {shape}, not dynamic or (1, {MAX_SEQ_LENGTH}); {REMEDY}")
-        self.length = MAX_SEQ_LENGTH if options.reference else sizes[1]
+        shapes = [port.partial_shape if port.partial_shape.rank.is_static else () for port in self.inputs]
+        sizes = [tuple(size.get_length() if size.is_static else None for size in shape) for shape in shapes]
+        self.length = graph_shape(path, sizes, options.reference)[1]
         self.concurrency = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self.requests: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
         for _ in range(self.concurrency):

@@ -138,7 +138,7 @@ class RayBackend(Backend):
         self.batches: dict[ray.actor.ActorHandle, int] = {}  # how many each living actor has
         self.actor_placement: dict[ray.actor.ActorHandle, Placement] = {}
         self.starting = 0  # lost actors whose replacements start
-        self.closed = False  # no thread may call Ray any more, which may end the process that calls it after its end
+        self.closed = False  # then no thread calls Ray, which may end a process that calls it after `ray.shutdown`
 
         placements = find_placements()
         descriptions = self.start(placements)
@@ -169,10 +169,9 @@ class RayBackend(Backend):
             _, late = ray.wait(started, num_returns=len(actors), timeout=START_S)
             if late:
                 free = ray.available_resources()
-                remedy = (
-                    f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs are free; end other work, or add nodes"
-                )
-                raise UserError(f"{len(late)} of {len(actors)} Ray actors did not start in {START_S} s; {remedy}")
+                units = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
+                problem = f"{len(late)} of {len(actors)} Ray actors did not start within {START_S} s"
+                raise UserError(f"{problem}; {units}: end other work on the cluster, or add nodes")
             descriptions = set(ray.get(loaded))
         except RayTaskError as error:
             raise error.cause from None
@@ -216,10 +215,11 @@ class RayBackend(Backend):
             if self.closed or self.batches.pop(actor, None) is None:
                 return
             self.starting += 1
+            placement = self.actor_placement.pop(actor)
             ray.kill(actor)
         config.notice(f"a Ray actor is lost ({reason}); its batches run again")
         try:
-            self.start([self.actor_placement.pop(actor)])
+            self.start([placement])
         except UserError as error:
             config.notice(f"{error}; the run continues with {len(self.batches)} actors")
         finally:

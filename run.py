@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
-import json
 import os
 import queue
 from collections.abc import Callable, Collection
@@ -136,17 +135,6 @@ def serve_backend(options: RunOptions) -> None:
     serve(backend, BatchPlan(backend.batch_policy, options.batch_tokens or BATCH_TOKENS), worker, options)
 
 
-def score(folder: str, squad: Any, features: Any, vocab: dict[str, int]) -> None:
-    """Score the accuracy log in `folder`, save the answers and print the line {"exact_match": X, "f1": Y}."""
-    from squad_eval import read_log, save_answers, score_log
-
-    log_progress("scoring")
-    logits = read_log(os.path.join(folder, loadgen_logs.ACCURACY_LOG), len(features))
-    scores, answers = score_log(squad, features, vocab, logits)
-    save_answers(config.PREDICTIONS, answers)
-    print(json.dumps(scores), flush=True)
-
-
 def main() -> None:
     """Run the test that the command line asks for, from the features to the verdict or the score."""
     options = parse_args()
@@ -176,7 +164,7 @@ def main() -> None:
     vocab = read_vocab(vocab_file)
     check_vocab(vocab_file, vocab, features.input_ids.max(), backend.vocab_size)
     log_progress(f"{backend.name}; warming up")
-    worker.submit(lambda: backend.predict(qsl.longest_batch(1))).result()
+    worker.submit(lambda: backend.predict(qsl.longest_batch())).result()
     latency_s = settings.server_target_latency_ns / 1e9
     plan = worker.submit(lambda: plan_batching(options, backend, qsl, latency_s)).result()
     backend.set_concurrency(plan.concurrency)
@@ -219,7 +207,11 @@ def main() -> None:
     if not options.accuracy:
         print(loadgen_logs.verdict(options.scenario, log, options.quick), flush=True)
     elif not os.environ.get("SKIP_VERIFY_ACCURACY"):
-        score(log_folder, squad, features, vocab)
+        from squad_eval import print_scores, read_log
+
+        log_progress("scoring")
+        logits = read_log(os.path.join(log_folder, loadgen_logs.ACCURACY_LOG), len(features))
+        print_scores(squad, features, vocab, logits, config.PREDICTIONS)
     loadgen_logs.finish_record(record)
     loadgen_logs.write_record(log_folder, record)
     if options.report:

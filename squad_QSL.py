@@ -21,8 +21,7 @@ class Batch:
 
     def packed(self, array: np.ndarray) -> np.ndarray:
         """Return the values of `array`, (B, L) or (B, L, …), without padding: (tokens,) or (tokens, …)."""
-        values: np.ndarray = array[self.input_mask.astype(bool)]
-        return values
+        return np.asarray(array[self.input_mask.astype(bool)])
 
     def padded_to(self, length: int) -> tuple[np.ndarray, ...]:
         """Return (input_ids, input_mask, segment_ids), each int32 (B, length), for a length of at least L."""
@@ -46,6 +45,6 @@ class SquadQSL:
         ids, mask, segments = (array[indices, : lengths.max()] for array in arrays)
         return Batch(ids, mask, segments, lengths)
 
-    def longest_batch(self, size: int) -> Batch:
-        """Return `size` copies of the longest sample, for warm-up."""
-        return self.batch(np.full(size, self.lengths.argmax()))
+    def longest_batch(self) -> Batch:
+        """Return the longest sample, for warm-up."""
+        return self.batch(self.lengths.argmax(keepdims=True))

@@ -188,18 +188,11 @@ def score_log(
     return score(questions, answers), answers
 
 
-def read_predictions(path: str) -> dict[str, str]:
-    """Read {question id: answer} from the JSON file `path`. Raises UserError if it holds anything else."""
-    remedy = "give a JSON object {question id: answer}"
-    answers = config.read_json(path, "the predictions", remedy, "utf-8-sig")
-    if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
-        raise UserError(f"{path}: the predictions are not a JSON object of strings; {remedy}")
-    return answers
-
-
-def save_answers(path: str, answers: dict[str, str]) -> None:
-    """Write {question id: answer} to the JSON file `path`. Raises UserError if it cannot be written."""
+def print_scores(squad: Squad, features: Features, vocab: dict[str, int], logits: Logits, path: str) -> None:
+    """Score `logits`, write {question id: answer} to the JSON file `path` and print {"exact_match": X, "f1": Y}."""
+    scores, answers = score_log(squad, features, vocab, logits)
     config.write_json(path, answers, "give another folder or free disk space")
+    print(json.dumps(scores), flush=True)
 
 
 def main() -> None:
@@ -209,7 +202,10 @@ def main() -> None:
     parser.add_argument("predictions", help="JSON file, {question id: answer}")
     args = parser.parse_args()
     questions = read_squad(args.dataset).questions
-    answers = read_predictions(args.predictions)
+    remedy = "give a JSON object {question id: answer}"
+    answers = config.read_json(args.predictions, "the predictions", remedy, "utf-8-sig")
+    if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
+        raise UserError(f"{args.predictions}: the predictions are not a JSON object of strings; {remedy}")
     missing = sum(question.id not in answers for question in questions)
     config.log_progress(f"scored all {len(questions)} questions; {missing} had no prediction, which scores 0")
     print(json.dumps(score(questions, answers)))

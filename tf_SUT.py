@@ -10,15 +10,12 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 import config
-from backends import Backend, RunOptions
+from backends import Backend, RunOptions, graph_shape
 from config import UserError
-from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
 
 INPUTS = ("input_ids:0", "input_mask:0", "segment_ids:0")  # int32 (batch, length)
-INPUT_SHAPES = [[batch, length] for batch in (None, 1) for length in (None, MAX_SEQ_LENGTH)]  # None: any size
 LOGITS = "logits:0"  # float32 (batch, length, 2)
-REMEDY = "`make convert` writes graphs that fit"
 # Constants from this many bytes on become variables, because TensorFlow copies each constant about eight times when it
 # loads a graph: with constants, BERT-Large took 11.4 GB and 53 s to its first answer; with variables, 3.3 GB and 16 s
 # at the same speed.
@@ -46,10 +43,7 @@ def constants_to_variables(definition: Any) -> tuple[dict[str, np.ndarray], dict
 
 
 def read_graph(path: str) -> tuple[tf.Graph, dict[str, np.ndarray]]:
-    """Read a frozen graph: (graph, {name: value} of its variables, see `constants_to_variables`).
-
-    Raises UserError if the file is missing, damaged, or not a graph of BERT with inputs of a dynamic shape or (1, 384).
-    """
+    """Read a frozen graph of BERT: (graph, {name: value} of its variables). Raises UserError."""
     config.require_model_file(path)
     definition = tf.compat.v1.GraphDef()
     try:
@@ -57,14 +51,11 @@ def read_graph(path: str) -> tuple[tf.Graph, dict[str, np.ndarray]]:
             definition.ParseFromString(file.read())
             values, tensors = constants_to_variables(definition)
             tf.import_graph_def(definition, tensors, name="")
-        *inputs, _ = (graph.get_tensor_by_name(name) for name in (*INPUTS, LOGITS))
+        for name in (*INPUTS, LOGITS):
+            graph.get_tensor_by_name(name)  # raises KeyError if the graph has no such tensor
     except (OSError, DecodeError, ValueError, TypeError, KeyError, tf.errors.OpError) as error:
-        reason = config.first_line(error)
-        raise UserError(f"{path}: damaged or not a frozen TensorFlow graph of BERT ({reason}); {REMEDY}") from None
-    shapes = [tensor.shape for tensor in inputs]
-    if shapes != 3 * shapes[:1] or not shapes[0].rank or shapes[0].as_list() not in INPUT_SHAPES:
-        found, expected = ", ".join(map(str, shapes)), f"dynamic ones or (1, {MAX_SEQ_LENGTH})"
-        raise UserError(f"{path}: the inputs' shapes are {found}, expected {expected}; {REMEDY}")
+        fault = f"damaged or not a frozen TensorFlow graph of BERT ({config.first_line(error)})"
+        raise UserError(f"{path}: {fault}; `make convert` writes one") from None
     return graph, values
 
 
@@ -85,10 +76,11 @@ class TensorFlowBackend(Backend):
             device_count={} if gpu else {"GPU": 0},
         )
         graph, values = read_graph(self.model_path)
-        batch_size, length = graph.get_tensor_by_name(INPUTS[0]).shape
-        self.length = MAX_SEQ_LENGTH if options.reference else length  # None: that of the batch's longest sample
+        shapes = [graph.get_tensor_by_name(name).shape for name in INPUTS]
+        sizes = [tuple(shape.as_list()) if shape.rank else () for shape in shapes]
+        batch_size, self.length = graph_shape(self.model_path, sizes, options.reference)
         # On a CPU padding costs more than a batch gains, and the order in which a product adds depends on its rows.
-        if batch_size == 1 or options.reference or not gpu:
+        if batch_size == 1 or not gpu:
             self.batch_policy = "single"
         session = tf.compat.v1.Session(graph=graph, config=settings)
         for name in list(values):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Iterable
 from functools import partial
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import config
 from bert_weights import model_files, read_weights
-from create_squad_data import load_features, read_calibration, write_cache
+from create_squad_data import load_features, read_cache, read_calibration, write_cache
 from packed_bert import Bert, PrepackedLinear, Ranges
 from squad_QSL import Batch, SquadQSL
 
@@ -58,13 +57,8 @@ def int8_ranges(model: str) -> Ranges:
     digest = config.file_digest(model_files(model)[1])
     key = hashlib.sha256(digest.encode() + features.input_ids[rows].tobytes()).hexdigest()
     cache = os.path.join(config.CACHE_DIR, f"int8-{key[:16]}.npz")
-    if os.path.exists(cache):
-        try:
-            with np.load(cache, allow_pickle=False) as archive:
-                pairs = archive.items()
-                return {name: (torch.from_numpy(low), torch.from_numpy(high)) for name, (low, high) in pairs}
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            config.notice(f"the cache {cache} is damaged ({error}); calibrating again")
+    if cached := read_cache(cache):
+        return {name: (torch.from_numpy(low), torch.from_numpy(high)) for name, (low, high) in cached.items()}
     qsl = SquadQSL(features)
     ranges: Ranges = input_ranges(model, (qsl.batch(np.array([row])) for row in rows))
     write_cache(cache, {name: torch.stack(pair).numpy() for name, pair in ranges.items()})

@@ -9,8 +9,6 @@ The graph has the inputs `input_ids:0`, `input_mask:0` and `segment_ids:0`, int3
 import os
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices about the processor or a missing GPU
-
 import numpy as np
 import tensorflow as tf
 
@@ -19,11 +17,9 @@ from bert_weights import read_config
 from convert.tf_checkpoint import Weights, read_checkpoint
 from create_squad_data import MAX_SEQ_LENGTH
 
-Shape = tuple[int | None, int | None]  # (batch, length), None for any size
 
-
-def build_graph(bert_config: dict[str, Any], weights: Weights, shape: Shape = (None, None)) -> Any:
-    """Return BERT as a GraphDef whose inputs have the given shape."""
+def build_graph(bert_config: dict[str, Any], weights: Weights, shape: tuple[Any, Any] = (None, None)) -> Any:
+    """Return BERT as a GraphDef whose inputs have the shape (batch, length), None for any size."""
     hidden, heads = bert_config["hidden_size"], bert_config["num_attention_heads"]
     epsilon = bert_config.get("layer_norm_eps", 1e-12)
 
@@ -41,9 +37,8 @@ def build_graph(bert_config: dict[str, Any], weights: Weights, shape: Shape = (N
         names = ("input_ids", "input_mask", "segment_ids")
         ids, mask, segments = (tf.compat.v1.placeholder(tf.int32, shape, name) for name in names)
         batch, length = tf.unstack(tf.shape(ids))
-        words = tf.constant(weights["bert.embeddings.word_embeddings.weight"])
-        positions = tf.constant(weights["bert.embeddings.position_embeddings.weight"])
-        types = tf.constant(weights["bert.embeddings.token_type_embeddings.weight"])
+        tables = (weights[f"bert.embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type"))
+        words, positions, types = map(tf.constant, tables)
         x = tf.gather(words, ids) + positions[:length] + tf.gather(types, segments)
         x = norm(tf.reshape(x, [-1, hidden]), "bert.embeddings.LayerNorm")
         bias = (1 - tf.cast(mask, tf.float32)[:, None, None, :]) * -10000.0
@@ -68,13 +63,6 @@ def write_graph(path: str, graph: Any) -> None:
         file.write(graph.SerializeToString())
 
 
-def freeze(checkpoint: str, bert_config: dict[str, Any], out: str, shape: Shape = (None, None)) -> int:
-    """Write the frozen graph of a checkpoint to the file `out` and return how many weights it has. Raises UserError."""
-    weights, _ = read_checkpoint(checkpoint, bert_config)
-    write_graph(out, build_graph(bert_config, weights, shape))
-    return len(weights)
-
-
 def main() -> None:
     """Freeze the checkpoint that the command line names."""
     parser = config.argument_parser(__doc__)
@@ -83,9 +71,11 @@ def main() -> None:
     parser.add_argument("--out", default=config.TF_MODEL, help="default: %(default)s")
     parser.add_argument("--published", action="store_true", help="inputs of the fixed shape (1, 384)")
     args = parser.parse_args()
+    bert_config = read_config(args.bert_config)
+    weights = read_checkpoint(args.tf_checkpoint, bert_config)
     shape = (1, MAX_SEQ_LENGTH) if args.published else (None, None)
-    count = freeze(args.tf_checkpoint, read_config(args.bert_config), args.out, shape)
-    print(f"{args.out}: {count} weights, {os.path.getsize(args.out) >> 20} MiB")
+    write_graph(args.out, build_graph(bert_config, weights, shape))
+    print(f"{args.out}: {len(weights)} weights, {os.path.getsize(args.out) >> 20} MiB")
 
 
 if __name__ == "__main__":

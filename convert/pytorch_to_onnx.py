@@ -57,9 +57,8 @@ def build_model(bert_config: dict[str, Any], weights: dict[str, np.ndarray], len
         return add("LayerNormalization", x, *parameters, axis=-1, epsilon=epsilon)
 
     ids, mask, segments = INPUTS
-    words = constant(weights["bert.embeddings.word_embeddings.weight"], "word_embeddings")
-    positions = constant(weights["bert.embeddings.position_embeddings.weight"], "position_embeddings")
-    types = constant(weights["bert.embeddings.token_type_embeddings.weight"], "token_type_embeddings")
+    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    words, positions, types = (constant(weights[f"bert.embeddings.{name}.weight"], name) for name in tables)
     tokens = add("Shape", ids, start=1, end=2)
     x = add("Add", add("Gather", words, ids), add("Gather", types, segments))
     x = norm(add("Add", x, add("Slice", positions, [0], tokens)), "bert.embeddings.LayerNorm")

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx
-import onnxruntime
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
 import config
+from backends import RunOptions
 from config import UserError
 from convert.pytorch_to_onnx import write_model
 from create_squad_data import load_features, read_calibration
@@ -25,7 +25,6 @@ from squad_QSL import SquadQSL
 
 LIMIT = 127  # the largest int8; the smallest that is used is -127, because the quantization is symmetric
 OPSET = 13  # the first with a scale per column
-ANSWERS = 2  # columns of the answer layer's weight
 RENAMED = dict(zip(*config.ONNX_INPUTS))  # inputs of the fp32 file: those of the int8 file
 
 
@@ -39,7 +38,8 @@ def read_model(path: str) -> tuple[onnx.ModelProto, dict[str, TensorProto], list
     if opset < OPSET:
         raise UserError(f"{path}: opset {opset} is below {OPSET}, the first with a scale per column; convert it again")
     constants = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
-    weights = {tensor.name: tensor for tensor in constants if len(tensor.dims) == 2 and tensor.dims[1] != ANSWERS}
+    # The weight of the answer layer has 2 columns.
+    weights = {tensor.name: tensor for tensor in constants if len(tensor.dims) == 2 and tensor.dims[1] != 2}
     products = [tuple(node.input) for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
     if not products:
         raise UserError(f"{path}: no product with a float32 weight to quantize; give the fp32 model")
@@ -53,7 +53,7 @@ def max_magnitudes(path: str, names: list[str], qsl: SquadQSL, rows: Iterable[in
     with tempfile.TemporaryDirectory() as folder:
         write_model(f"{folder}/model.onnx", model)
         del model  # before ONNX Runtime needs the memory
-        observed = OnnxModel(f"{folder}/model.onnx", onnxruntime.SessionOptions(), path)
+        observed = OnnxModel(f"{folder}/model.onnx", path, RunOptions(scenario="SingleStream"))
     maxima = dict.fromkeys(names, np.zeros((), np.float32))
     for row in rows:
         for name, value in zip(names, observed.run(names, qsl.batch(np.array([row])))):
@@ -84,25 +84,25 @@ def quantize(model: onnx.ModelProto, weights: dict[str, TensorProto], maxima: di
         graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
-    def add(operator: str, inputs: list[str], output: str, name: str, **attributes: int) -> None:
-        nodes.append(helper.make_node(operator, inputs, [output], name, **attributes))
+    def add(operator: str, inputs: list[str], output: str, **attributes: int) -> str:
+        nodes.append(helper.make_node(operator, inputs, [output], f"{output}_{operator}", **attributes))
+        return output
 
     def quantize_input(name: str, factors: np.ndarray) -> None:
-        source = name
-        if factors.min() < 1:
-            source = f"{name}_scaled"
-            add("Mul", [name, constant(f"{name}_factors", factors)], source, f"{name}_scale_outliers")
         limit = max((maxima[name] * factors).max(), 1e-6)
         scale = [constant(f"{name}_scale", np.float32(limit / LIMIT)), constant(f"{name}_zero", np.int8(0))]
-        add("QuantizeLinear", [source, *scale], f"{name}_int8", f"{name}_quantize")
-        add("DequantizeLinear", [f"{name}_int8", *scale], f"{name}_fake", f"{name}_dequantize")
+        scaled = name
+        if factors.min() < 1:
+            scaled = add("Mul", [name, constant(f"{name}_factors", factors)], f"{name}_scaled")
+        int8 = add("QuantizeLinear", [scaled, *scale], f"{name}_int8")
+        add("DequantizeLinear", [int8, *scale], f"{name}_fake")
 
     def quantize_weight(name: str, factors: np.ndarray) -> None:
         weight = numpy_helper.to_array(weights[name]) / factors[:, None]
         scale = (np.maximum(np.abs(weight).max(axis=0), 1e-12) / LIMIT).astype(np.float32)
         inputs = [constant(f"{name}_int8", np.rint(weight / scale).astype(np.int8)), constant(f"{name}_scale", scale)]
         inputs.append(constant(f"{name}_zero", np.zeros(len(scale), np.int8)))
-        add("DequantizeLinear", inputs, f"{name}_fake", f"{name}_dequantize", axis=1)
+        add("DequantizeLinear", inputs, f"{name}_fake", axis=1)
         graph.initializer.remove(weights[name])
 
     for value in graph.input:

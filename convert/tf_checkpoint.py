@@ -7,13 +7,11 @@ import os
 import re
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before the import: no notices about the processor or a missing GPU
-
 import numpy as np
 import tensorflow as tf
 
 import config
-from bert_weights import weight_shapes
+from bert_weights import check_shapes, weight_shapes
 from config import UserError
 
 Weights = dict[str, np.ndarray]  # {Hugging Face's name: float32 array}
@@ -44,36 +42,30 @@ def variables(bert_config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ..
     return table
 
 
-def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> tuple[Weights, list[str]]:
-    """Read a checkpoint and return its weights and the names of the variables that were skipped.
+def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
+    """Read the weights of the checkpoint `prefix`, a path without .index, and skip the variables in UNUSED.
 
-    `prefix` is the path without .index. Raises UserError if a file is missing or damaged, or a variable is missing, of
-    another shape, not finite, or neither BERT's nor in UNUSED.
+    Raises UserError if a file is missing or damaged, or a variable is missing, unknown, of another shape or not finite.
     """
     if not os.path.isfile(f"{prefix}.index"):
         raise UserError(f"{prefix}.index: no such file; give a path without .index, `make setup` fetches BERT-Large")
     expected = variables(bert_config)
     try:
         reader = tf.train.load_checkpoint(prefix)
-        found = reader.get_variable_to_shape_map()
+        found = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
         arrays = {name: reader.get_tensor(name).astype(np.float32) for name in expected if name in found}
     except Exception as error:  # TensorFlow has a type for each kind of damage
-        fault = f"damaged or not a TensorFlow checkpoint ({config.first_line(error)})"
-        raise UserError(f"{prefix}: {fault}; download it again") from None
+        line = config.first_line(error)
+        raise UserError(f"{prefix}: damaged or not a TensorFlow checkpoint ({line}); fetch it again") from None
 
     skipped = [name for name in found if name not in expected and UNUSED.match(name)]
-    faults = [f"{name} is missing" for name in expected if name not in found]
-    faults += [f"{name} is not BERT's" for name in found if name not in expected and name not in skipped]
-    for name, array in arrays.items():
-        shape = expected[name][1]
-        if array.shape != shape:
-            faults.append(f"{name} is {array.shape}, not {shape}")
-        elif not np.isfinite(array).all():
-            faults.append(f"{name} contains NaN or infinity")
-    if faults:
-        more = f" and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise UserError(f"{prefix}: does not fit the BERT configuration: {'; '.join(faults[:20])}{more}")
-    return {expected[name][0]: _transposed(name, array) for name, array in arrays.items()}, skipped
+    used = {name: shape for name, shape in found.items() if name not in skipped}
+    check_shapes(prefix, "the BERT configuration", used, {name: shape for name, (_, shape) in expected.items()})
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise UserError(f"{prefix}: {broken[0]} holds NaN or infinity ({len(broken)} variables do); fetch it again")
+    config.log_progress(f"{prefix}: {len(arrays)} variables used, {len(skipped)} skipped")
+    return {expected[name][0]: _transposed(name, array) for name, array in arrays.items()}
 
 
 def write_checkpoint(prefix: str, bert_config: dict[str, Any], weights: Weights) -> None:
@@ -81,9 +73,9 @@ def write_checkpoint(prefix: str, bert_config: dict[str, Any], weights: Weights)
     remedy = "give another path or free disk"
     config.write_json(os.path.join(os.path.dirname(prefix), "bert_config.json"), bert_config, remedy)
     tensors = {google: _transposed(google, weights[name]) for google, (name, _) in variables(bert_config).items()}
-    names, values, slices = [*tensors], [*tensors.values()], [""] * len(tensors)
+    values, slices = list(tensors.values()), [""] * len(tensors)
     try:
-        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=slices, tensors=values)
+        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(tensors), shape_and_slices=slices, tensors=values)
     except tf.errors.OpError as error:
         raise UserError(f"{prefix}: cannot write the checkpoint ({config.first_line(error)}); {remedy}") from None
 

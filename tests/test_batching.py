@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from backends import RunOptions
 from batching import LOOK_AHEAD, BatchPlan, Pending, plan_batching
 
-QSL = SimpleNamespace(longest_batch=lambda count: SimpleNamespace(lengths=np.array([384])))
+QSL = SimpleNamespace(longest_batch=lambda: SimpleNamespace(lengths=np.array([384])))
 
 
 def batches(policy, max_tokens, lengths, shares=1):

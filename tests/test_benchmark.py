@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import fails, refused
+from helpers import DEMO_ENV, refused
 
-from tools.benchmark import convert_model, flops, parse_args, ratios, spread_samples
+from config import UserError
+from tools.benchmark import Run, convert_model, flops, parse_args, ratios, serve, spread_samples
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -86,6 +87,36 @@ def test_a_quick_run_gives_a_row_for_each_run_and_its_baseline(script, tmp_path)
     assert (tmp_path / "build/benchmark/table.md").read_text() in result.stdout
 
 
-@pytest.mark.slow
-def test_a_model_that_cannot_be_loaded_is_named(script):
-    fails(script("tools.benchmark", "--quick", "--runs", "pytorch:fp32", ML_MODEL_FILE_WITH_PATH="nowhere"), "nowhere")
+def test_a_model_that_cannot_be_loaded_is_named(monkeypatch):
+    for name in DEMO_ENV:
+        monkeypatch.setenv(name, DEMO_ENV[name])
+    sent = []
+    serve(SimpleNamespace(send=sent.append), "pytorch", "fp32", "Offline", "nowhere")
+    with refused("pytorch:fp32: nowhere"):
+        raise sent[0]
+
+
+def test_a_process_that_fails_or_dies_ends_the_benchmark():
+    def recv():
+        raise EOFError
+
+    run = Run.__new__(Run)  # without its processes
+    run.name = "pytorch:fp32"
+    run.pipes = {
+        "Offline": SimpleNamespace(send=print, recv=lambda: UserError("pytorch:fp32: no such model")),
+        "SingleStream": SimpleNamespace(send=print, recv=recv),
+    }
+    with refused("pytorch:fp32: no such model"):
+        run.answer("Offline", np.arange(2))
+    with refused("pytorch:fp32", "died", "fewer --runs"):
+        run.answer("SingleStream", np.arange(2))
+
+
+def test_samples_whose_logits_change_are_noted():
+    logits = iter([{3: np.zeros((5, 2)), 4: np.zeros((6, 2))}, {3: np.zeros((5, 2)), 4: np.ones((6, 2))}])
+    run = Run.__new__(Run)
+    run.logits, run.changed, run.memory = {}, set(), 0
+    run.pipes = {"Offline": SimpleNamespace(send=print, recv=lambda: ([0.1], next(logits), 1000))}
+    for _ in range(2):
+        assert run.answer("Offline", np.arange(2)) == [0.1]
+    assert run.changed == {4} and run.memory == 1000

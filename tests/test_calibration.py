@@ -57,11 +57,11 @@ def calibrate(tmp_path, monkeypatch):
 
 
 def test_a_cached_calibration_is_used_for_its_samples_only(calibrate):
-    ranges, first = calibrate(range(10))
+    ranges, first = calibrate([0, 1, 2])
     assert len(first) == 1
-    again, unchanged = calibrate(range(10))
+    again, unchanged = calibrate([0, 1, 2])
     assert unchanged == first and equal(again, ranges)
-    _, both = calibrate(range(5, 15))
+    _, both = calibrate([0, 1, 3])
     assert len(both) == 2
 
 

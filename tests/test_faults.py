@@ -61,7 +61,7 @@ DATA_SETS = [
     ("a question without answers, as in SQuAD v2.0", squad(answers=[]), ["no answer"]),
     ("a lone surrogate in a passage", squad("a \ud800 b"), ["surrogate", "'context'"]),
     ("a lone surrogate in an id", squad(name="\udfff"), ["surrogate", "'id'"]),
-    ("passages without a word", squad(" \n"), ["no passage"]),
+    ("passages that hold no word", squad(" \n"), ["no passage"]),
 ]
 
 

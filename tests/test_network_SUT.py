@@ -153,6 +153,13 @@ def test_a_fault_of_the_backend_ends_only_the_requests_in_its_batch():
     assert isinstance(fault, AssertionError) and str(fault).startswith("no such layer")
 
 
+def test_a_worker_that_fails_ends_the_process(monkeypatch):
+    ends = []
+    monkeypatch.setattr("config.end_process", lambda *end: ends.append(end))
+    network_SUT.fail(RuntimeError("no batch\n(a second line)"))
+    assert ends == [("error: a worker failed: RuntimeError: no batch", 1)]
+
+
 def form(ids=(5, 6, 7), mask=(1, 1, 1), segments=(0, 0, 1)):
     return json.dumps({"query": dict(zip(INPUTS, (ids, mask, segments)))}).encode()
 

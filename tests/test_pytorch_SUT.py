@@ -62,6 +62,7 @@ def test_filling_up_rows_changes_no_logits(load, dtype, monkeypatch):
     assert np.abs(load(dtype).predict(batch) - filled).max() <= tolerance
 
 
+@pytest.mark.slow
 def test_every_dtype_stays_close_to_the_baseline(load, dtype):
     pytest.importorskip("transformers")
     batch = random_batch(384, 100, 7)

@@ -96,10 +96,7 @@ def logs(tmp_path_factory):
 
 @pytest.fixture
 def copied(logs, tmp_path):
-    """Return a function that copies the logs of a run, named as in `logs`, and returns their folder.
-
-    They are copied without the trace unless it is asked for: to draw charts takes seconds.
-    """
+    """Return a function that copies a run of `logs`, by default without its trace, because drawing takes seconds."""
 
     def copy(name, trace=False):
         ignored = shutil.ignore_patterns("report*", "" if trace else "mlperf_log_trace.json")
@@ -193,9 +190,8 @@ def test_the_page_is_self_contained_and_accessible(logs):
 
 def test_the_charts_are_also_png_files(logs):
     files = {path.name: path.read_bytes() for path in (logs / "Server").glob("*.png")}
-    assert files.keys() == {
-        f"report-{name}.png" for name in ("histogram", "percentiles", "time", "throughput", "length")
-    }
+    names = ("histogram", "percentiles", "time", "throughput", "length")
+    assert files.keys() == {f"report-{name}.png" for name in names}
     assert all(content.startswith(b"\x89PNG") for content in files.values())
 
 
@@ -299,6 +295,13 @@ def test_without_the_data_set_a_note_says_what_is_missing(report, copied, name, 
     edit(folder, "qsl_reported_total_count", 10833)
     assert re.search(rf"The run had 10833 samples, but .* makes \d+, so there is {lost}", notes())
     assert lost not in notes((DEMO_ENV["DATASET_FILE"], DEMO_ENV["VOCAB_FILE"]))
+
+
+def test_max_examples_may_exceed_the_data_set(copied):
+    folder = copied("accuracy")
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps({**record, "max_examples": 1_000_000}))
+    assert not read_run(str(folder), "accuracy", (None, None), ("float32", False)).notes
 
 
 def test_runs_are_compared(command, copied, tmp_path):

@@ -9,13 +9,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import DEMO_ENV, refused
+from helpers import DEMO_ENV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import squad_eval
 from create_squad_data import SPECIAL_TOKENS, WORD, Question, Squad, make_features, read_squad
-from squad_eval import Logits, align, answers_from_log, best_spans, normalize, read_predictions, score, score_question
+from squad_eval import Logits, align, answers_from_log, best_spans, normalize, score, score_question
 
 WORDS = ["alpha", "beta", "gamma", "delta", "song", "##s", "in", "1871", "jose", "(", ")", ".", ",", "'", "-", "the"]
 VOCAB = {token: number for number, token in enumerate([*SPECIAL_TOKENS, "who", "?", *WORDS])}
@@ -70,12 +70,11 @@ def test_a_question_without_a_ready_answer_scores_0_and_is_counted(tmp_path, mon
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"a": 1}'])
-def test_predictions_of_another_form_are_refused(tmp_path, content):
-    path = tmp_path / "answers.json"
+def test_predictions_of_another_form_are_refused(command, tmp_path, content):
     if content is not None:
-        path.write_text(content)
-    with refused(f"{path}: ", "predictions", "{question id: answer}"):
-        read_predictions(str(path))
+        (tmp_path / "answers.json").write_text(content)
+    line = command("squad_eval.py", DEMO_DATASET, "answers.json")
+    assert line.startswith("answers.json: ") and "predictions" in line and "{question id: answer}" in line
 
 
 def test_comparison_ignores_case_punctuation_articles_and_spaces():

@@ -117,7 +117,7 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
         worker = Worker()
         backend = worker.submit(lambda: load_backend(options)).result()
         qsl = SquadQSL(load_features(*config.dataset_files())[1])
-        worker.submit(lambda: backend.predict(qsl.longest_batch(1))).result()
+        worker.submit(lambda: backend.predict(qsl.longest_batch())).result()
         plan = plan_batching(options, backend, qsl)
         backend.set_concurrency(plan.concurrency)
         sut = MeasuredSUT(backend, qsl, plan, outcomes.put, worker)

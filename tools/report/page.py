@@ -46,12 +46,11 @@ def latencies(run: Run) -> dict[str, str]:
 
 def settings(run: Run) -> dict[str, Any]:
     """Return the settings that LoadGen logged: {label: value}."""
-    log = run.log
-    found = {"scenario": run.scenario, "mode": log["effective_test_mode"], "started": log.get("test_datetime")}
+    found = {"scenario": run.scenario, "mode": run.log["effective_test_mode"], "started": run.log.get("test_datetime")}
     for label, key, divisor, unit in () if run.accuracy else SETTINGS:
-        if log.get(key) or (key in log and key.startswith("result_")):  # a setting of 0 does not apply
-            found[label] = number(log[key] / divisor, 9) + unit
-    found |= {"available samples": log.get("qsl_reported_total_count"), "LoadGen": log.get("loadgen_version")}
+        if run.log.get(key) or (key in run.log and key.startswith("result_")):  # a setting of 0 does not apply
+            found[label] = number(run.log[key] / divisor, 9) + unit
+    found |= {"available samples": run.log.get("qsl_reported_total_count"), "LoadGen": run.log.get("loadgen_version")}
     return {label: value for label, value in found.items() if value is not None}
 
 
@@ -81,10 +80,7 @@ def worst_answers(run: Run) -> tuple[list[Answer], int]:
 
 
 def write_report(folders: list[str], out: str, given: Paths = (None, None), form: Form = ("float32", False)) -> str:
-    """Write report.html and its charts on the log folders `folders` into the folder `out`; return the page's path.
-
-    Raises UserError if a file is missing or damaged, or if `out` cannot be written.
-    """
+    """Write report.html and its charts on the log folders into the folder `out`; return its path. Raises UserError."""
     runs = [read_run(folder, name, given, form) for folder, name in zip(folders, run_names(folders))]
     loader = jinja2.FileSystemLoader(os.path.dirname(__file__))
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -94,7 +90,6 @@ def write_report(folders: list[str], out: str, given: Paths = (None, None), form
     with config.atomic_write(path, "name another folder with --out") as file, rc_context(STYLE):
         charts = [list(draw_run(run, out, f"{place}-" if len(runs) > 1 else "")) for place, run in enumerate(runs, 1)]
         comparison = list(draw_comparison(runs, out))
-        template = environment.get_template("template.html")
-        page = template.render(runs=runs, charts=charts, comparison=comparison, written=timestamp())
-        file.write(page.encode())
+        content = {"runs": runs, "charts": charts, "comparison": comparison, "written": timestamp()}
+        environment.get_template("template.html").stream(content).dump(file, "utf-8")
     return path

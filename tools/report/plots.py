@@ -4,12 +4,12 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from loadgen_logs import primary_metric
 from tools.report.read import Run, Samples
@@ -56,7 +56,7 @@ def new_axes(title: str, x: str, y: str) -> Axes:
     """Return the axes of an empty chart; `x` and `y` are their labels."""
     axes = Figure(figsize=(4.8, 3.1), layout="constrained").add_subplot(title=title, xlabel=x, ylabel=y)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axis.set_major_formatter(lambda value, _: number(value))
     return axes
 
 
@@ -69,8 +69,7 @@ def save_chart(axes: Axes, out: str, name: str, caption: str, summary: str = "")
     figure.savefig(os.path.join(out, f"report-{name}.png"), dpi=160)
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # an id must be unique in the page, but every chart has the same ones
     svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)  # HTML needs no namespaces
     for color, value in COLORS.items():
@@ -95,25 +94,25 @@ def plot_dots(axes: Axes, x: np.ndarray, y: np.ndarray, bins: int) -> None:
         axes.plot(centers, values, color=color, label=f"p{percent}", linestyle=dash)
 
 
-def plot_percentiles(axes: Axes, latency: np.ndarray, color: str, label: str | None = None, dash: str = "-") -> None:
+def plot_percentiles(axes: Axes, latency: np.ndarray, **style: Any) -> None:
     """Plot latency over percentile, with the axis stretched towards the tail: p90 to p99 is as wide as p99 to p99.9."""
     count = len(latency)
     even, tail = np.linspace(0, count - 1, 400).astype(int), count - np.geomspace(1, count, 200).astype(int)
     keep = np.unique(np.concatenate((even, tail)))
-    axes.plot(-np.log10(1 - (keep + 0.5) / count), np.sort(latency)[keep], color=color, label=label, linestyle=dash)
+    axes.plot(-np.log10(1 - (keep + 0.5) / count), np.sort(latency)[keep], **style)
     ticks = {-np.log10(1 - percent / 100): f"p{percent:g}" for percent in (50, 90, 99, 99.9, 99.99, 99.999)}
     shown = [place for place in ticks if place <= axes.dataLim.x1]
     axes.set_xticks(shown, [ticks[place] for place in shown])
 
 
-def throughput_curve(samples: Samples, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
+def throughput_curve(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
     """Return (seconds, samples/s) over the run as the corners of a step curve."""
     done = samples.start + samples.latency
-    counts, edges = np.histogram(done, bins=max(1, min(bins, len(done) // 10)), range=(0, done.max()))
+    counts, edges = np.histogram(done, bins=max(1, min(60, len(done) // 10)), range=(0, done.max()))
     return np.repeat(edges, 2)[1:-1], np.repeat(counts / np.diff(edges), 2)
 
 
-def mark_target(run: Run, limit: float | None, draw_line: Callable[..., Any]) -> None:
+def mark_target(run: Run, limit: float, draw_line: Callable[..., Any]) -> None:
     """Mark the latency limit, or else a latency that is the primary metric, with axes.axvline or axes.axhline."""
     name, value, unit = primary_metric(run.scenario, run.log)
     if limit:
@@ -130,18 +129,18 @@ def draw_run(run: Run, out: str, prefix: str) -> Iterator[Chart]:
     start, latency = samples.timings(run.scenario)
     unit = {"Offline": "samples", "MultiStream": "queries of 8 samples"}.get(run.scenario, "queries")
     p50, p90, p99 = map(number, np.percentile(latency, (50, 90, 99), method="higher"))
-    limit = run.log.get("effective_target_latency_ns", 0) / 1e6 if run.scenario == "Server" else None
+    limit = run.log.get("effective_target_latency_ns", 0) / 1e6 if run.scenario == "Server" else 0
     within = f"{number(100 * (latency <= limit).mean())} % within the limit of {number(limit)} ms, " if limit else ""
     summary = f"{len(latency):,} {unit}: {within}p50 {p50} ms, p90 {p90} ms, p99 {p99} ms."
 
     axes = new_axes("Latency distribution", "latency (ms)", unit)
-    longest = max(np.percentile(latency, 99.9), (limit or 0) * 1.05)
+    longest = max(np.percentile(latency, 99.9), limit * 1.05)
     axes.hist(latency, bins=50, color=SERIES[0], range=(0, longest))
     mark_target(run, limit, axes.axvline)
     yield save_chart(axes, out, f"{prefix}histogram", summary)
 
     axes = new_axes("Latency by percentile", "percentile", "latency (ms)")
-    plot_percentiles(axes, latency, SERIES[0])
+    plot_percentiles(axes, latency, color=SERIES[0])
     mark_target(run, limit, axes.axhline)
     caption = f"The horizontal axis is stretched towards the slowest {unit}."
     yield save_chart(axes, out, f"{prefix}percentiles", caption, summary)
@@ -187,10 +186,10 @@ def draw_comparison(runs: list[Run], out: str) -> Iterator[Chart]:
             continue
         percentiles = new_axes(f"{scenario}: latency by percentile", "percentile", "latency (ms)")
         throughput = new_axes(f"{scenario}: throughput over time", "time (s)", "throughput (samples/s)")
-        for place, (name, samples) in enumerate(same):
-            color, dash = SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
-            plot_percentiles(percentiles, samples.timings(scenario)[1], color, name, dash)
-            throughput.plot(*throughput_curve(samples), color=color, label=name, linestyle=dash)
+        for (name, samples), color, dash in zip(same, cycle(SERIES), cycle(DASHES)):
+            style: dict[str, Any] = {"color": color, "linestyle": dash, "label": name}
+            plot_percentiles(percentiles, samples.timings(scenario)[1], **style)
+            throughput.plot(*throughput_curve(samples), **style)
         caption = f"Runs: {', '.join(name for name, _ in same)}."
         summary = f"{caption} The tables below have the numbers."
         yield save_chart(percentiles, out, f"compare-{scenario}-percentiles", caption, summary)

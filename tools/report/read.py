@@ -1,7 +1,5 @@
 """Read a run from its log folder: LoadGen's logs, record.json and the score of an accuracy run's answers."""
 
-import contextlib
-import mmap
 import os
 import re
 from dataclasses import dataclass
@@ -11,14 +9,14 @@ import numpy as np
 
 import config
 from config import UserError
-from create_squad_data import Features, Question, Squad, load_features, read_vocab
+from create_squad_data import Question, load_features, read_vocab
 from loadgen_logs import ACCURACY_LOG, METRICS, TRACE_LOG, read_entries, read_record
 from squad_eval import read_log, score_log, score_question
 
 OFFICIAL_MS = 600_000  # MLPerf's minimum duration of a performance run
 # A sample in LoadGen's trace: its schedule (microseconds), query, index in the data set, latency (nanoseconds).
 SAMPLE = re.compile(
-    rb'"ts":([\d.]+),"args":\{"sample_seq":\d+,"query_seq":(\d+),"sample_idx":(\d+),"issue_start_ns":-?\d+,"complete_ns":(\d+)'
+    r'"ts":([\d.]+),"args":\{"sample_seq":\d+,"query_seq":(\d+),"sample_idx":(\d+),"issue_start_ns":-?\d+,"complete_ns":(\d+)'
 )
 Paths = tuple[str | None, str | None]  # of a data set and its vocabulary; None means the run's own
 Form = tuple[str, bool]  # of the responses: their dtype, and whether they are transposed
@@ -73,26 +71,13 @@ class Run:
 def read_trace(folder: str) -> Samples | None:
     """Return the samples in LoadGen's trace, None if it has none. Raises UserError if it cannot be read."""
     path = os.path.join(folder, TRACE_LOG)
-    if not os.path.exists(path) or not os.path.getsize(path):  # mmap refuses an empty file
-        return None
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as trace:
-            values = (float(value) for match in SAMPLE.finditer(trace) for value in match.groups())
-            rows = np.fromiter(values, float).reshape(-1, 4)
-    except OSError as error:
-        remedy = "remove it to continue without"
-        raise UserError(f"{path}: cannot read LoadGen's trace ({error.strerror}); {remedy}") from None
+    trace = config.read_text(path, "LoadGen's trace", "remove it to continue without") if os.path.exists(path) else ""
+    values = (float(value) for match in SAMPLE.finditer(trace) for value in match.groups())
+    rows = np.fromiter(values, float).reshape(-1, 4)
     if not len(rows):
         return None
     start, query, index, latency = rows[np.lexsort((rows[:, 1], rows[:, 0]))].T
     return Samples((start - start[0]) / 1e6, latency / 1e9, query.astype(int), index.astype(int))
-
-
-def is_complete(accuracy_log: str) -> bool:
-    """Return whether LoadGen finished writing an accuracy log, which is a JSON list."""
-    with contextlib.suppress(OSError), open(accuracy_log, "rb") as file:
-        return file.read().rstrip().endswith(b"]")
-    return False
 
 
 def read_problems(entries: list[dict[str, Any]]) -> list[str]:
@@ -103,11 +88,8 @@ def read_problems(entries: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def load_data(run: Run, given: Paths) -> tuple[Squad, Features, dict[str, int]] | None:
-    """Return a run's data set and vocabulary: the given files, or those of its record, or those of the environment.
-
-    If they are not known, add a note to the run and return None. Raises UserError if a file is damaged.
-    """
+def use_data_set(run: Run, given: Paths, form: Form) -> None:
+    """Score an accuracy run, or set the lengths of a performance run's samples; add a note if the files do not fit."""
     recorded = run.record.get("dataset"), run.record.get("vocab")
     dataset, vocab = (name or own or default for name, own, default in zip(given, recorded, config.dataset_files()))
     lost = "score" if run.accuracy else "chart of latency by sequence length"
@@ -115,25 +97,23 @@ def load_data(run: Run, given: Paths) -> tuple[Squad, Features, dict[str, int]] 
     for path in (dataset, vocab):
         if path not in given and not os.path.isfile(path):
             run.notes.append(f"{path} is missing, {effect}.")
-            return None
+            return
     squad, features = load_features(dataset, vocab)
-    count, expected = run.log.get("qsl_reported_total_count"), run.record.get("max_examples") or len(features)
+    count, total = run.log.get("qsl_reported_total_count"), len(features)
+    expected = min(run.record.get("max_examples") or total, total)
     if count != expected and not all(given):
         run.notes.append(f"The run had {count} samples, but {dataset} makes {expected}, {effect}.")
-        return None
-    if run.samples and (last := run.samples.index.max()) >= len(features):
-        remedy = "give the run's data set with --val_data"
-        raise UserError(f"{dataset}: makes {len(features)} samples, but {run.folder} has number {last}; {remedy}")
-    return squad, features, read_vocab(vocab)
-
-
-def score_run(run: Run, squad: Squad, features: Features, vocab: dict[str, int], form: Form) -> None:
-    """Set the score and the answers of an accuracy run. Raises UserError if its log is damaged."""
-    logits = read_log(os.path.join(run.folder, ACCURACY_LOG), len(features), *form)
-    run.score, texts = score_log(squad, features, vocab, logits)
-    answered = [(question, texts[question.id]) for question in squad.questions if question.id in texts]
-    run.answers = tuple(Answer(question, text, *score_question(question, text)) for question, text in answered)
-    run.questions = len(squad.questions)
+    elif run.samples:
+        if (last := run.samples.index.max()) >= total:
+            fault = f"makes {total} samples, but {run.folder} has number {last}"
+            raise UserError(f"{dataset}: {fault}; give the run's data set with --val_data")
+        run.lengths = features.lengths[run.samples.index]
+    else:
+        logits = read_log(os.path.join(run.folder, ACCURACY_LOG), total, *form)
+        run.score, texts = score_log(squad, features, read_vocab(vocab), logits)
+        answered = [(question, texts[question.id]) for question in squad.questions if question.id in texts]
+        run.answers = tuple(Answer(question, text, *score_question(question, text)) for question, text in answered)
+        run.questions = len(squad.questions)
 
 
 def read_run(folder: str, name: str, given: Paths, form: Form) -> Run:
@@ -142,23 +122,23 @@ def read_run(folder: str, name: str, given: Paths, form: Form) -> Run:
     log = {entry["key"]: entry["value"] for entry in entries}
     scenario, mode = log.get("effective_scenario"), log.get("effective_test_mode")
     if scenario not in METRICS or mode not in ("PerformanceOnly", "AccuracyOnly"):
-        remedy = "give the log folder of a performance or accuracy run"
-        raise UserError(f"{folder}: LoadGen's log has the scenario {scenario} and the mode {mode}; {remedy}")
-    accuracy = mode == "AccuracyOnly"
-    finished = is_complete(os.path.join(folder, ACCURACY_LOG)) if accuracy else "result_validity" in log
-    trial = log.get("effective_min_duration_ms", 0) < OFFICIAL_MS
-    result = "ACCURACY" if accuracy else "TRIAL" if trial else log.get("result_validity", "")
-    status = result if finished else "INCOMPLETE"
+        fault = f"LoadGen's log has the scenario {scenario} and the mode {mode}"
+        raise UserError(f"{folder}: {fault}; give the log folder of a performance or accuracy run")
+    accuracy, path = mode == "AccuracyOnly", os.path.join(folder, ACCURACY_LOG)
+    status = log.get("result_validity", "INCOMPLETE")
+    if accuracy:  # a finished log is a JSON list
+        text = config.read_text(path, "the accuracy log", "make it readable") if os.path.exists(path) else ""
+        status = "ACCURACY" if text.rstrip().endswith("]") else "INCOMPLETE"
+    elif status != "INCOMPLETE" and log.get("effective_min_duration_ms", 0) < OFFICIAL_MS:
+        status = "TRIAL"
     samples = None if accuracy else read_trace(folder)
     run = Run(folder, name, scenario, accuracy, status, log, read_problems(entries), read_record(folder), samples)
     if not run.record:
         run.notes.append("This folder has no record.json, so the system, the model and the versions are not known.")
     if not accuracy and not samples:
         run.notes.append("LoadGen's trace has no samples, so there are no charts; run.py enables the trace.")
-    if samples and (data := load_data(run, given)):
-        run.lengths = data[1].lengths[samples.index]
-    elif accuracy and finished and (data := load_data(run, given)):
-        score_run(run, *data, form)
+    if samples or status == "ACCURACY":
+        use_data_set(run, given, form)
     return run
 
 

@@ -3,9 +3,8 @@
     python3 -m tools.submission my.toml                     make the missing runs, then write build/submission
     python3 -m tools.submission --check build/submission    print the faults of a tree, one a line
 
-my.toml, the plan, says what to run and describes the system: copy tools/submission/plan.toml and fill it in. Offline
-and SingleStream need an accuracy run, a performance run and TEST01 each, together an hour or more. Finished runs are
-kept in build/submission-runs, so an interrupted set continues with the runs that are missing.
+my.toml is the plan: copy tools/submission/plan.toml and fill it in. The six runs of a set take an hour or more;
+finished ones are kept in build/submission-runs, so an interrupted set continues with those that are missing.
 """
 
 import itertools
@@ -30,19 +29,17 @@ def submit(path: str) -> int:
     runs = {run: ensure_run(plan, common, *run) for run in itertools.product(SCENARIOS, LOG_FOLDERS)}
     log_progress("writing the tree")
     write_tree(plan, runs)
-    faults = check(TREE)
     for (scenario, kind), folder in runs.items():
         print(f"{scenario} {kind}: {folder}")
-    if not faults:
-        print(f"{TREE}: complete, no faults")
-        return 0
-    print(*faults, sep="\n")
-    if plan["division"] == "open":
-        print(f"{TREE}: written, but MLPerf's checker would find these {len(faults)} faults")
-    else:
+    faults = check(TREE)
+    result = f"{TREE}: complete, no faults"
+    if faults and plan["division"] == "open":
+        result = f"{TREE}: written, but MLPerf's checker would find these {len(faults)} faults"
+    elif faults:
         shutil.rmtree(TREE)
-        print(f'closed division refused, {len(faults)} faults; division = "open" in {path} accepts the same runs')
-    return 1
+        result = f'closed division refused, {len(faults)} faults; division = "open" in {path} accepts the same runs'
+    print(*faults, result, sep="\n")
+    return 1 if faults else 0
 
 
 def main() -> int:

@@ -18,10 +18,7 @@ SCENARIOS: list[str] = RULES["scenarios"]
 # Each kind of run, and where its logs are in a scenario's folder.
 LOG_FOLDERS = {"accuracy": "accuracy", "performance": "performance/run_1", "TEST01": "TEST01/performance/run_1"}
 GAP = "\n\n...\n\n"  # between the two ends of a truncated accuracy log
-
-SCORE = re.compile(r'^\{"exact_match": [\d.]+, "f1": ([\d.]+)\}$', re.MULTILINE)
-HASH = re.compile(r"^hash=[0-9a-f]{64}$", re.MULTILINE)
-PASS = re.compile(r"^TEST PASS$", re.MULTILINE)
+TOLERANCE: float = RULES["test01"]["tolerance"]
 
 
 def check(root: str) -> list[str]:
@@ -36,29 +33,12 @@ def check(root: str) -> list[str]:
     return checker.faults
 
 
-def within_tolerance(submitted: float, test: float) -> bool:
-    """Return whether TEST01's performance is close enough to the submitted one."""
-    return bool(abs(test - submitted) <= RULES["test01"]["tolerance"] * submitted)
-
-
-def read_text(path: str) -> str:
-    """Return the text of a file."""
-    return Path(path).read_text(encoding="utf-8")
-
-
-def read_object(path: str) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises ValueError or TypeError for anything else."""
-    value = json.loads(read_text(path))
+def parse_object(text: str) -> dict[str, Any]:
+    """Return the JSON object in `text`. Raises ValueError for anything else."""
+    value = json.loads(text)
     if not isinstance(value, dict):
-        raise TypeError("not a JSON object")
+        raise ValueError("not a JSON object")
     return value
-
-
-def read_log(path: str) -> dict[str, Any]:
-    """Return a detail log as {key: value}, and the number of errors that LoadGen logged as "errors"."""
-    entries = read_entries(os.path.dirname(path))
-    errors = sum(entry["metadata"]["is_error"] for entry in entries)
-    return {entry["key"]: entry["value"] for entry in entries} | {"errors": errors}
 
 
 class Checker:
@@ -67,19 +47,19 @@ class Checker:
     def __init__(self) -> None:
         self.faults: list[str] = []
 
-    def report(self, path: str, fault: str) -> None:
+    def report(self, path: str | Path, fault: str) -> None:
         """Add a fault."""
         self.faults.append(f"{path}: {fault}")
 
-    def read(self, path: str, reader: Callable[[str], Any] = read_text) -> Any:
-        """Return `reader(path)`; report a file that is missing, empty or unreadable and return None."""
+    def read(self, path: str, parse: Callable[[str], Any] = str) -> Any:
+        """Return what `parse` makes of a file's text; report a missing, empty or unreadable file and return None."""
         try:
-            if os.path.getsize(path):
-                return reader(path)
+            if text := Path(path).read_text(encoding="utf-8"):
+                return parse(text)
             self.report(path, "is empty")
         except FileNotFoundError:
             self.report(path, "is missing")
-        except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+        except (UserError, OSError, ValueError) as error:
             self.report(path, f"cannot be read ({error})")
         return None
 
@@ -95,17 +75,15 @@ class Checker:
 
     def check_files(self, root: str) -> None:
         """Check the name, type and size of every file and folder."""
-        for folder, names, files in os.walk(root):
-            for name in names + files:
-                path = os.path.join(folder, name)
-                if " " in name:
-                    self.report(path, "has a space in its name")
-                if name == ".git":
-                    self.report(path, "is a git folder")
-                if os.path.islink(path):
-                    self.report(path, "is a symbolic link")
-                elif os.path.getsize(path) > RULES["file_bytes"]:
-                    self.report(path, f"is larger than {RULES['file_bytes']} bytes")
+        for path in sorted(Path(root).rglob("*")):
+            if " " in path.name:
+                self.report(path, "has a space in its name")
+            if path.name == ".git":
+                self.report(path, "is a git folder")
+            if path.is_symlink():
+                self.report(path, "is a symbolic link")
+            elif path.stat().st_size > RULES["file_bytes"]:
+                self.report(path, f"is larger than {RULES['file_bytes']} bytes")
 
     def check_submitter(self, path: str, division: str, submitter: str) -> None:
         """Check the folder of a submitter."""
@@ -117,15 +95,14 @@ class Checker:
                     self.report(sources[0], f"is missing (v5.1: code/{benchmark})")
                 folder = f"{path}/results/{system}/{benchmark}"
                 found = self.folders(folder, "scenario", SCENARIOS)
-                for scenario in SCENARIOS:
-                    if scenario in found:
-                        self.check_scenario(path, f"{folder}/{scenario}", division, benchmark, scenario)
-                    else:
-                        self.report(f"{folder}/{scenario}", "is missing")
+                for scenario in found:
+                    self.check_scenario(path, f"{folder}/{scenario}", division, benchmark, scenario)
+                for scenario in sorted(set(SCENARIOS) - set(found)):
+                    self.report(f"{folder}/{scenario}", "is missing")
 
     def check_system(self, path: str, division: str, submitter: str) -> None:
         """Check the description of a system."""
-        fields = self.read(path, read_object)
+        fields = self.read(path, parse_object)
         if fields is None:
             return
         if missing := [name for name in FIELDS["required"] + FIELDS["optional"] if name not in fields]:
@@ -140,25 +117,26 @@ class Checker:
         """Check the results of one scenario, in the folder `path`; `submitter` is the submitter's folder."""
         for name in ("user.conf", "README.md", *(f"{folder}/{SUMMARY_LOG}" for folder in LOG_FOLDERS.values())):
             self.read(f"{path}/{name}")
-        fields = self.read(f"{path}/measurements.json", read_object)
+        fields = self.read(f"{path}/measurements.json", parse_object)
         if fields is not None:
             if empty := [name for name in FIELDS["measurements"] if not fields.get(name)]:
                 self.report(f"{path}/measurements.json", f"lacks {', '.join(empty)}")
             if fields.get("weight_data_types", "fp32") not in RULES["float_weights"]:
                 self.read(f"{submitter}/documentation/calibration.md")
 
-        logs = {}
-        for kind, folder in LOG_FOLDERS.items():
-            logs[kind] = log = self.read(f"{path}/{folder}/{DETAIL_LOG}", read_log)
-            if log:
-                self.check_log(f"{path}/{folder}/{DETAIL_LOG}", log, kind, division, scenario)
+        logs = {kind: self.check_log(path, kind, division, scenario) for kind in LOG_FOLDERS}
         f1, target = self.check_accuracy(f"{path}/accuracy"), RULES["f1_target"][benchmark]
         if f1 is not None and division != "open" and f1 < target:
             self.report(f"{path}/accuracy/accuracy.txt", f"F1 {f1:.3f} is below {benchmark}'s target {target}")
         self.check_test01(f"{path}/TEST01", logs, benchmark, scenario)
 
-    def check_log(self, path: str, log: dict[str, Any], kind: str, division: str, scenario: str) -> None:
-        """Check a detail log (of `read_log`); `kind` is a key of LOG_FOLDERS."""
+    def check_log(self, folder: str, kind: str, division: str, scenario: str) -> dict[str, Any] | None:
+        """Check a detail log in a scenario's folder and return it as {key: value}; `kind` is a key of LOG_FOLDERS."""
+        path = f"{folder}/{LOG_FOLDERS[kind]}/{DETAIL_LOG}"
+        entries = self.read(path, lambda _: read_entries(os.path.dirname(path)))
+        if entries is None:
+            return None
+        log = {entry["key"]: entry["value"] for entry in entries}
         mode = "accuracy" if kind == "accuracy" else "performance"
         expected = {"effective_scenario": scenario, **RULES["seeds"], **RULES["expected"][mode]}
         for name, value in RULES["test01"]["audit"].items():
@@ -172,8 +150,9 @@ class Checker:
         for name, value in minimum.items():
             if not log.get(name, 0) >= value:
                 self.report(path, f"{name} is {log.get(name)}, expected at least {value}")
-        if log["errors"]:
-            self.report(path, f"LoadGen logged {log['errors']} errors")
+        if errors := sum(entry.get("metadata", {}).get("is_error", False) for entry in entries):
+            self.report(path, f"LoadGen logged {errors} errors")
+        return log
 
     def check_accuracy(self, folder: str) -> float | None:
         """Check an accuracy log and its accuracy.txt, and return the F1 of the latter."""
@@ -193,17 +172,17 @@ class Checker:
         text = self.read(path)
         if text is None:
             return None
-        if hashed and not HASH.search(text):
+        if hashed and not re.search("^hash=[0-9a-f]{64}$", text, re.MULTILINE):
             self.report(path, "has no line hash=, the sha256 of the complete accuracy log")
-        match = SCORE.search(text)
-        if not match:
-            self.report(path, 'has no line {"exact_match": X, "f1": Y}')
-        return float(match[1]) if match else None
+        if score := re.search(r'^\{"exact_match": [\d.]+, "f1": ([\d.]+)\}$', text, re.MULTILINE):
+            return float(score[1])
+        self.report(path, 'has no line {"exact_match": X, "f1": Y}')
+        return None
 
     def check_test01(self, path: str, logs: dict[str, Any], benchmark: str, scenario: str) -> None:
-        """Check the compliance test; `logs` are the scenario's (of `read_log`), {kind: log}."""
+        """Check the compliance test; `logs` is {key of LOG_FOLDERS: what `check_log` returned}."""
         verdict = self.read(f"{path}/verify_accuracy.txt")
-        if verdict and not PASS.search(verdict):
+        if verdict and "TEST PASS" not in verdict.splitlines():
             baseline = self.check_score(f"{path}/accuracy/baseline_accuracy.txt")
             f1 = self.check_score(f"{path}/accuracy/compliance_accuracy.txt")
             self.check_accuracy(f"{path}/accuracy")
@@ -212,14 +191,14 @@ class Checker:
                 fault = f"the responses differ, and F1 {f1:.3f} is not within {limit} % of {baseline:.3f}"
                 self.report(f"{path}/verify_accuracy.txt", fault)
         verdict = self.read(f"{path}/verify_performance.txt")
-        if not logs["performance"] or not logs["TEST01"]:
+        if logs["performance"] is None or logs["TEST01"] is None:
             return
         _, submitted, unit = primary_metric(scenario, logs["performance"])
         _, test, _ = primary_metric(scenario, logs["TEST01"])
         if submitted is None or test is None:
             self.report(path, f"its detail log or that of performance/run_1 has no {METRICS[scenario].keys[0]}")
-        elif not within_tolerance(submitted, test):
-            limit = f"{RULES['test01']['tolerance']:.0%} of the submitted {submitted:.6g}"
+        elif abs(test - submitted) > TOLERANCE * submitted:
+            limit = f"{TOLERANCE:.0%} of the submitted {submitted:.6g}"
             self.report(path, f"performance {test:.6g} {unit} is not within {limit}")
-        elif verdict and not PASS.search(verdict):
+        elif verdict and "TEST PASS" not in verdict.splitlines():
             self.report(f"{path}/verify_performance.txt", "has no line TEST PASS")

@@ -1,13 +1,13 @@
 """Read the plan of a submission and describe the system that it runs on."""
 
 import glob
-import importlib.metadata
 import os
 import platform
 import re
 import shutil
 import subprocess
 import tomllib
+from importlib.metadata import version
 from typing import Any
 
 from backends import BACKENDS
@@ -16,12 +16,8 @@ from tools.submission.check import BENCHMARKS, FIELDS
 
 Plan = dict[str, Any]  # the values of plan.toml, all texts but "system", which is a dict of texts
 
-CHOICES = {
-    "version": ["v6.1", "v6.0", "v5.1"],
-    "division": ["open", "closed"],
-    "benchmark": BENCHMARKS,
-    "backend": list(BACKENDS),
-}
+VERSIONS = ("v6.1", "v6.0", "v5.1")
+CHOICES = {"version": VERSIONS, "division": ("open", "closed"), "benchmark": BENCHMARKS, "backend": list(BACKENDS)}
 FILES = ("model", "dataset", "vocab", "user_conf")
 FOLDERS = ("submitter", "system_name")  # become names of folders
 NAMES = (*CHOICES, *FILES, *FOLDERS, "dtype", "retraining", "weight_transformations")  # must not be empty
@@ -36,27 +32,24 @@ def read_plan(path: str) -> Plan:
     system = plan.setdefault("system", {})
     if not isinstance(system, dict):
         raise UserError(f"{path}: system must be a table, [system]")
-
-    texts = [*((name, value) for name, value in plan.items() if name != "system"), *system.items()]
-    known = FIELDS["required"] + FIELDS["optional"]
-    faults = [f"{name} is missing or empty" for name in NAMES if not plan.get(name)]
-    faults += [f"{name} is unknown" for name in plan if name not in (*NAMES, "calibration", "system")]
+    required = (*NAMES, "calibration") if plan.get("dtype") == "int8" else NAMES
+    faults = [f"{name} is missing or empty" for name in required if not plan.get(name)]
+    for name, value in plan.items():
+        if name not in (*NAMES, "calibration", "system"):
+            faults.append(f"{name} is unknown")
+        elif name != "system" and not isinstance(value, str):
+            faults.append(f"{name} must be text in quotes")
+        elif value and value not in CHOICES.get(name, [value]):
+            faults.append(f"{name} is {value!r}, expected {' or '.join(CHOICES[name])}")
+        elif value and name in FOLDERS and not re.fullmatch(r"\w[\w.+-]*", value, re.ASCII):
+            faults.append(f"{name} is {value!r}; only letters, digits and . + - _ are allowed")
+        elif value and name in (*FILES, "calibration") and not os.path.exists(value):
+            faults.append(f"{name} is {value}: no such file")
+    known, described = FIELDS["required"] + FIELDS["optional"], describe_system(plan)
     faults += [f"{name} in [system] is unknown" for name in system if name not in known]
-    faults += [f"{name} must be text in quotes" for name, value in texts if not isinstance(value, str)]
-    for name, allowed in CHOICES.items():
-        if plan.get(name) and plan[name] not in allowed:
-            faults.append(f"{name} is {plan[name]!r}, expected {' or '.join(allowed)}")
-    for name in FOLDERS:
-        if plan.get(name) and not re.fullmatch(r"\w[\w.+-]*", str(plan[name]), re.ASCII):
-            faults.append(f"{name} is {plan[name]!r}; only letters, digits and . + - _ are allowed")
-    if plan.get("dtype") == "int8" and not plan.get("calibration"):
-        faults.append("calibration, the list that the int8 model was calibrated with, is missing or empty")
-    described = describe_system(plan)
+    faults += [f"{name} must be text in quotes" for name in system if not isinstance(system[name], str)]
     if empty := [name for name in FIELDS["required"] if name not in NAMES and not described[name]]:
         faults.append(f"[system] lacks {', '.join(empty)}; write N/A if a field does not apply")
-    for name in (*FILES, "calibration"):
-        if plan.get(name) and not os.path.exists(str(plan[name])):
-            faults.append(f"{name} is {plan[name]}: no such file")
     if faults:
         raise UserError(f"{path}: {'; '.join(faults)}")
     return plan
@@ -67,10 +60,8 @@ def describe_machine() -> dict[str, str]:
     cpu = dict(re.findall(r"^ *(.+?): +(.+?) *$", subprocess.getoutput("LC_ALL=C lscpu"), re.MULTILINE))
     try:
         system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
+    except OSError:
         system = platform.system()
-    loadgen = importlib.metadata.version("mlcommons-loadgen")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fields = {
         "number_of_nodes": "1",
         "host_processor_model_name": cpu.get("Model name"),
@@ -78,20 +69,17 @@ def describe_machine() -> dict[str, str]:
         "host_processor_core_count": cpu.get("Core(s) per socket"),
         "host_processor_frequency": cpu.get("CPU max MHz") and f"{cpu['CPU max MHz']} MHz",
         "host_processor_caches": ", ".join(f"{name[:-6]} {cpu[name]}" for name in cpu if name.endswith(" cache")),
-        "host_memory_capacity": f"{memory / 2**30:.0f} GiB",
+        "host_memory_capacity": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "host_storage_capacity": f"{shutil.disk_usage('.').total / 2**30:.0f} GiB",
         "host_network_card_count": str(len(glob.glob("/sys/class/net/*/device"))),  # virtual ones have no device
         "operating_system": f"{system}, kernel {platform.release()}",
-        "other_software_stack": f"Python {platform.python_version()}, LoadGen {loadgen}",
+        "other_software_stack": f"Python {platform.python_version()}, LoadGen {version('mlcommons-loadgen')}",
     }
     return {name: value for name, value in fields.items() if value}
 
 
 def describe_system(plan: Plan, backend: str = "known after the runs, CPU") -> dict[str, Any]:
-    """Return the system's description, from the machine and the plan; unknown fields are "".
-
-    `backend` is the name that the runs recorded: framework and version, device, dtype.
-    """
+    """Return the system's description; `backend` is the name that the runs recorded: framework, device, dtype."""
     framework, device = f"{backend}, CPU".split(", ")[:2]
     fields = dict.fromkeys(sorted(FIELDS["required"] + FIELDS["optional"]), "") | {"framework": framework}
     if device.lower().startswith("cpu"):

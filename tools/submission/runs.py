@@ -16,7 +16,7 @@ from typing import Any
 
 import config
 from config import ROOT, UserError, file_digest, log_progress
-from loadgen_logs import ACCURACY_LOG, RECORD, check_logs, read_record
+from loadgen_logs import RECORD, check_logs, read_record
 from tools.submission.check import RULES
 from tools.submission.plan import Plan, describe_machine
 
@@ -30,8 +30,8 @@ AUDIT_CONFIG = "*.*.mode = 2\n" + "".join(f"*.*.{key} = {value}\n" for key, valu
 
 def file_hashes(path: str) -> dict[str, str]:
     """Return {name: sha256} of a model: of the files in the folder `path`, or of a file and its bert_config.json."""
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else [os.path.basename(path), "bert_config.json"]
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
+    names = [name, "bert_config.json"] if name else sorted(os.listdir(folder))
     return {name: file_digest(file) for name in names if os.path.isfile(file := os.path.join(folder, name))}
 
 
@@ -39,8 +39,6 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     """Return the inputs that all runs of a plan have in common."""
     sources = [name for pattern in SOURCES for name in glob.glob(pattern, root_dir=ROOT)]
     return {
-        "backend": plan["backend"],
-        "dtype": plan["dtype"],
         "machine": describe_machine(),
         "model": file_hashes(plan["model"]),
         **{name: file_digest(plan[name]) for name in ("dataset", "vocab", "calibration") if plan.get(name)},
@@ -57,12 +55,6 @@ def scenario_settings(path: str, scenario: str) -> list[str]:
     return [line for line in lines if line and not any(other in line for other in others)]
 
 
-def read_responses(folder: str) -> list[tuple[int, str]]:
-    """Return the responses in a run's accuracy log: [(sample, hexadecimal digits)]."""
-    entries = config.read_json(f"{folder}/{ACCURACY_LOG}", "the accuracy log", "remove the run's folder")
-    return [(entry["qsl_idx"], entry["data"]) for entry in entries]
-
-
 def finished(folder: str) -> bool:
     """Return whether `folder` holds a finished run: run.json, which is written after it, its record and whole logs."""
     try:
@@ -73,14 +65,12 @@ def finished(folder: str) -> bool:
 
 
 def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> str:
-    """Return the folder of a finished run of a `kind` in LOG_FOLDERS, kept from before or made now.
-
-    `common` is what `fingerprint` returned. Raises UserError if run.py fails.
-    """
+    """Return the folder of a finished run, kept or made now; `kind` is a key of LOG_FOLDERS, `common` a fingerprint."""
     args = [f"--backend={plan['backend']}", f"--dtype={plan['dtype']}", f"--scenario={scenario}"]
     args += ["--accuracy"] if kind == "accuracy" else []
-    inputs = {"args": args, **common, "user_conf": scenario_settings(plan["user_conf"], scenario)}
-    inputs["audit_config"] = AUDIT_CONFIG if kind == "TEST01" else None
+    audit = AUDIT_CONFIG if kind == "TEST01" else None
+    settings = scenario_settings(plan["user_conf"], scenario)
+    inputs = {"args": args, **common, "user_conf": settings, "audit_config": audit}
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = f"{RUNS}/{scenario}-{kind}-{digest[:12]}"
     if finished(folder):
@@ -93,19 +83,13 @@ def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> 
     os.makedirs(folder)
     shutil.copyfile(plan["user_conf"], f"{folder}/user.conf")
     command = [sys.executable, f"{ROOT}/run.py", *args, f"--user_conf={folder}/user.conf"]
-    if kind == "TEST01":
+    if audit:
         with open(f"{folder}/audit.config", "w", encoding="utf-8") as file:
-            file.write(AUDIT_CONFIG)
+            file.write(audit)
         command.append(f"--audit_conf={folder}/audit.config")
-    variables = {
-        "ML_MODEL_FILE_WITH_PATH": plan["model"],
-        "DATASET_FILE": plan["dataset"],
-        "VOCAB_FILE": plan["vocab"],
-        "CALIBRATION_FILE": plan.get("calibration", ""),
-        "LOG_PATH": folder,
-        "SKIP_VERIFY_ACCURACY": "1",
-    }
-    line, status = execute(command, {**os.environ, **variables}, f"{folder}/{RUN_LOG}")
+    files = {"ML_MODEL_FILE_WITH_PATH": plan["model"], "DATASET_FILE": plan["dataset"], "VOCAB_FILE": plan["vocab"]}
+    others = {"CALIBRATION_FILE": plan.get("calibration", ""), "LOG_PATH": folder, "SKIP_VERIFY_ACCURACY": "1"}
+    line, status = execute(command, {**os.environ, **files, **others}, f"{folder}/{RUN_LOG}")
     if status:
         raise UserError(f"{folder}: {line or f'run.py ended with status {status}'}; {RUN_LOG} there has its output")
     config.write_json(f"{folder}/{INPUTS}", inputs, "free disk space")

@@ -4,25 +4,25 @@ import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from config import BUILD_DIR, ROOT, UserError, atomic_write, file_digest, read_text, write_json
+from config import BUILD_DIR, ROOT, UserError, atomic_write, file_digest, read_json, read_text, write_json
 from create_squad_data import load_features, read_vocab
 from loadgen_logs import ACCURACY_LOG, DETAIL_LOG, SUMMARY_LOG, primary_metric, read_detail_log
 from squad_eval import Logits, read_log, score_log
-from tools.submission.check import GAP, LOG_FOLDERS, RULES, SCENARIOS, within_tolerance
+from tools.submission.check import GAP, LOG_FOLDERS, RULES, SCENARIOS, TOLERANCE
 from tools.submission.plan import Plan, describe_system
-from tools.submission.runs import AUDIT_CONFIG, common_backend, file_hashes, read_responses
+from tools.submission.runs import AUDIT_CONFIG, common_backend, file_hashes
 
+Runs = dict[tuple[str, str], str]  # {(scenario, key of LOG_FOLDERS): the run's folder}
 TREE = f"{BUILD_DIR}/submission"
-DISK = "free disk space"
+DISK, LOG_REMEDY = "free disk space", "remove the run's folder"
 
 
-def write_tree(plan: Plan, runs: dict[tuple[str, str], str]) -> None:
-    """Replace the folder TREE by the tree of finished runs: {(scenario, key of LOG_FOLDERS): the run's folder}."""
+def write_tree(plan: Plan, runs: Runs) -> None:
+    """Replace the folder TREE by the tree of finished runs."""
     backend = common_backend(runs.values(), plan["dtype"])
     shutil.rmtree(TREE, ignore_errors=True)
     top = f"{TREE}/{plan['division']}/{plan['submitter']}"
@@ -30,29 +30,23 @@ def write_tree(plan: Plan, runs: dict[tuple[str, str], str]) -> None:
     write_json(f"{top}/systems/{system}.json", describe_system(plan, backend), DISK)
     copy_source(f"{top}/code/{benchmark}" if plan["version"] == "v5.1" else f"{top}/src")
     if plan["dtype"] == "int8":
-        path = plan["calibration"]
-        values = {"list": os.path.basename(path), "digest": file_digest(path)}
+        values = {"list": os.path.basename(plan["calibration"]), "digest": file_digest(plan["calibration"])}
         fill_template("calibration.template", f"{top}/documentation/calibration.md", plan | values)
     for scenario in SCENARIOS:
-        folders = {kind: runs[scenario, kind] for kind in LOG_FOLDERS}
-        write_scenario(f"{top}/results/{system}/{benchmark}/{scenario}", plan, scenario, folders, backend)
+        write_scenario(f"{top}/results/{system}/{benchmark}/{scenario}", plan, scenario, runs, backend)
 
 
-def write_scenario(folder: str, plan: Plan, scenario: str, runs: dict[str, str], backend: str) -> None:
-    """Write the results of a scenario into `folder`; `runs` is {key of LOG_FOLDERS: the run's folder}."""
+def write_scenario(folder: str, plan: Plan, scenario: str, runs: Runs, backend: str) -> None:
+    """Write the results of a scenario into `folder`."""
     for kind, logs in LOG_FOLDERS.items():
         os.makedirs(f"{folder}/{logs}")
         for name in (SUMMARY_LOG, DETAIL_LOG):
-            shutil.copyfile(f"{runs[kind]}/{name}", f"{folder}/{logs}/{name}")
-    accuracy, performance, test = runs.values()
+            shutil.copyfile(f"{runs[scenario, kind]}/{name}", f"{folder}/{logs}/{name}")
+    accuracy, performance, test = (runs[scenario, kind] for kind in LOG_FOLDERS)
     shutil.copyfile(f"{performance}/user.conf", f"{folder}/user.conf")
-    measurements = {
-        "input_data_types": "int32",
-        "retraining": plan["retraining"],
-        "starting_weights_filename": os.path.basename(os.path.normpath(plan["model"])),
-        "weight_data_types": plan["dtype"],
-        "weight_transformations": plan["weight_transformations"],
-    }
+    measurements = {name: plan[name] for name in ("retraining", "weight_transformations")}
+    measurements |= {"input_data_types": "int32", "weight_data_types": plan["dtype"]}
+    measurements["starting_weights_filename"] = os.path.basename(os.path.normpath(plan["model"]))
     write_json(f"{folder}/measurements.json", measurements, DISK)
     accuracy_score = score(plan, accuracy)
     write_accuracy(f"{folder}/accuracy", accuracy, accuracy_score)
@@ -69,12 +63,9 @@ def write_scenario(folder: str, plan: Plan, scenario: str, runs: dict[str, str],
     metric, value, unit = primary_metric(scenario, read_detail_log(performance))
     files = [plan[name] for name in ("dataset", "vocab", "calibration") if plan.get(name)]
     hashes = file_hashes(plan["model"]) | {os.path.basename(path): file_digest(path) for path in files}
-    values = {
-        "scenario": scenario,
-        "result": f"{backend}: {metric} {value or 0:.6g} {unit}, accuracy `{accuracy_score}`",
-        "audit_config": AUDIT_CONFIG,
-        "files": "\n".join(f"- {name}: {digest}" for name, digest in hashes.items()),
-    }
+    result = f"{backend}: {metric} {value or 0:.6g} {unit}, accuracy `{accuracy_score}`"
+    hash_list = "\n".join(f"- {name}: {digest}" for name, digest in hashes.items())
+    values = {"scenario": scenario, "result": result, "audit_config": AUDIT_CONFIG, "files": hash_list}
     fill_template("README.template", f"{folder}/README.md", plan | values)
 
 
@@ -86,7 +77,7 @@ def write(path: str, text: str) -> None:
 
 def fill_template(name: str, path: str, values: dict[str, Any]) -> None:
     """Write the file `path`: the template `name` with its {fields} replaced by `values`."""
-    template = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    template = read_text(f"{ROOT}/tools/submission/{name}", "the template", "restore it from git")
     write(path, template.format_map(values))
 
 
@@ -103,7 +94,7 @@ def score(plan: Plan, run: str, samples_of: str | None = None) -> str:
 def write_accuracy(folder: str, run: str, score: str) -> None:
     """Write accuracy.txt, which is `score` and the hash of the run's accuracy log, and that log truncated."""
     path, end = f"{run}/{ACCURACY_LOG}", RULES["log_end"]
-    text = read_text(path, "the accuracy log", "remove the run's folder")
+    text = read_text(path, "the accuracy log", LOG_REMEDY)
     if len(text) >= RULES["log_characters"]:
         text = text[:end] + GAP + text[-end:]
     write(f"{folder}/{ACCURACY_LOG}", text)
@@ -112,7 +103,9 @@ def write_accuracy(folder: str, run: str, score: str) -> None:
 
 def verify_accuracy(accuracy: str, test: str) -> str:
     """Return verify_accuracy.txt for the folders of both runs: TEST01's responses are the accuracy run's."""
-    responses, logged = dict(read_responses(accuracy)), read_responses(test)
+    logs = (read_json(f"{run}/{ACCURACY_LOG}", "the accuracy log", LOG_REMEDY) for run in (accuracy, test))
+    expected, logged = ([(entry["qsl_idx"], entry["data"]) for entry in log] for log in logs)
+    responses = dict(expected)
     missing = sum(sample not in responses for sample, _ in logged)
     different = sum(responses.get(sample, data) != data for sample, data in logged)
     counts = f"num_acc_log_entries = {len(responses)}\nnum_perf_log_entries = {len(logged)}\n"
@@ -123,7 +116,7 @@ def verify_accuracy(accuracy: str, test: str) -> str:
 def verify_performance(scenario: str, performance: str, test: str) -> str:
     """Return verify_performance.txt for the folders of both runs: the primary metrics are close to each other."""
     submitted, found = (primary_metric(scenario, read_detail_log(folder))[1] or 0 for folder in (performance, test))
-    verdict = "PASS" if within_tolerance(submitted, found) else "FAIL"
+    verdict = "PASS" if abs(found - submitted) <= TOLERANCE * submitted else "FAIL"
     return f"Reference score = {submitted:.6g}\nTest score = {found:.6g}\nTEST {verdict}\n"
 
 
