@@ -57,8 +57,11 @@ def int8_ranges(model: str) -> Ranges:
     digest = config.file_digest(model_files(model)[1])
     key = hashlib.sha256(digest.encode() + features.input_ids[rows].tobytes()).hexdigest()
     cache = os.path.join(config.CACHE_DIR, f"int8-{key[:16]}.npz")
-    if cached := read_cache(cache):
-        return {name: (torch.from_numpy(low), torch.from_numpy(high)) for name, (low, high) in cached.items()}
+    try:
+        if cached := read_cache(cache):
+            return {name: (torch.from_numpy(low), torch.from_numpy(high)) for name, (low, high) in cached.items()}
+    except ValueError as error:
+        config.notice(f"the cache {cache} is damaged ({error}); making it again")
     qsl = SquadQSL(features)
     ranges: Ranges = input_ranges(model, (qsl.batch(np.array([row])) for row in rows))
     write_cache(cache, {name: torch.stack(pair).numpy() for name, pair in ranges.items()})
