@@ -58,7 +58,7 @@ format: $(call packages,test) ## format the code
 .PHONY: coverage
 coverage: $(call packages,test) ## run the tests and list the lines and branches of the scripts that they miss
 	mkdir -p build/coverage
-	$(PYTHON) -m coverage run -m pytest -q
+	$(PYTHON) -m coverage run -m pytest -q -n 2 --dist loadfile
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report
 

@@ -26,7 +26,6 @@ def main() -> None:
     add("--output_transposed", action="store_true", help="a response holds all start logits, then all end logits")
     add("--max_examples", type=config.positive_int, help="score only this many features, the first ones")
     args = parser.parse_args()
-
     squad, features = load_features(args.val_data, args.vocab_file, args.features_cache_file)
     logits = read_log(args.log_file, len(features), args.output_dtype, args.output_transposed, args.max_examples)
     print_scores(squad, features, read_vocab(args.vocab_file), logits, args.out_file)

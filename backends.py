@@ -52,21 +52,19 @@ class RunOptions:
 
     @property
     def one_batch_per_core(self) -> bool:
-        """Whether a backend on a CPU runs one batch on each of its threads at once.
+        """Whether a backend on a CPU runs one batch on each of its threads at once: in Offline, on this machine.
 
-        In Offline, which has enough batches: threads that need not wait for one another lose less time to other
-        processes. int8 gained 5 % in PyTorch and, in ONNX Runtime, nothing in a quiet minute and 50 % in a noisy one;
-        fp32 gained 10 % in ONNX Runtime and in TensorFlow. A server and a Ray actor get one batch after another.
+        Threads that need not wait for one another lose less time to other processes: PyTorch's int8 gained 5 %, fp32
+        in ONNX Runtime and TensorFlow 10 %, ONNX Runtime's int8 up to 50 % on a noisy machine.
         """
         elsewhere = self.network or self.backend.startswith("ray")
         return self.scenario == "Offline" and not self.reference and not elsewhere
 
 
 class Backend(ABC):
-    """Run batches of BERT in one framework.
+    """Run batches of BERT in one framework; `__init__(options)` raises UserError if the model cannot be used.
 
-    `__init__(options)` takes `RunOptions` and raises UserError if the model cannot be used. run.py constructs a backend
-    and calls `predict` in the same thread; with a concurrency above 1 it calls `predict` from more threads.
+    run.py constructs a backend and calls `predict` in one thread and, if the concurrency is above 1, in more threads.
     """
 
     name: str  # what runs, for people, separated by ", ": framework and version, device, dtype
@@ -131,10 +129,10 @@ BACKENDS = {
     "onnxruntime": Entry("onnxruntime_SUT", "OnnxRuntimeBackend", ("fp32", "int8")),
     "openvino": Entry("openvino_SUT", "OpenVinoBackend", ("fp32", "bf16", "fp16", "int8")),
 }
-# What runs another backend elsewhere: on the actors of a Ray cluster, on servers of --sut_server.
+DTYPES = tuple(dict.fromkeys(dtype for entry in BACKENDS.values() for dtype in entry.dtypes))
+# These run a backend of BACKENDS on other machines: on the actors of a Ray cluster, on the servers of --sut_server.
 RAY_ACTORS = Entry("ray_SUT", "RayBackend", ())
 NETWORK = Entry("network_LON", "NetworkBackend", ())
-DTYPES = ("fp32", "bf16", "fp16", "int8")
 # Backends of the MLPerf reference that this project refuses: the reason and the remedy.
 REFUSED = {"tf_estimator": "TensorFlow has removed Estimator; use --backend=tf"}
 # --backend=ray…: the backend that Ray's actors run.

@@ -94,10 +94,9 @@ class BatchPlan:
 def plan_batching(options: RunOptions, backend: Backend, qsl: SquadQSL, latency_s: float = math.inf) -> BatchPlan:
     """Plan the batches of a run; `latency_s` is Server's target latency in seconds.
 
-    Offline sorts its samples by length. In Server a query may wait for one batch to end before its own batch runs; a
-    third of the target latency for each leaves room for chance. A backend with an adjustable concurrency runs as many
-    batches at once as keep the longest sample within half of the latency. Such batches are single samples, because a
-    core gains less from a batch than the batch's queries lose by all ending together.
+    In Server a query may wait for one batch before its own batch runs; a third of the target latency for each leaves a
+    margin. A backend with an adjustable concurrency runs as many batches at once as keep the longest sample within half
+    of the latency. These are single samples: all queries of a batch end with it, and batches gain little on a core.
     """
     max_tokens = options.batch_tokens or BATCH_TOKENS
     if options.scenario != "Server" or options.reference:

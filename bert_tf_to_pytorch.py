@@ -2,8 +2,7 @@
 
     python3 bert_tf_to_pytorch.py --tf_checkpoint model.ckpt-5474 --pytorch_out model.pytorch --onnx_out model.onnx
 
-Both files and the checkpoint's frozen graph then compute the logits of the same random features. The command prints
-their largest difference, and fails if it is 1e-4 or more.
+It fails if the logits that these and the checkpoint's frozen graph compute of random features differ by 1e-4 or more.
 """
 
 import multiprocessing
@@ -23,8 +22,6 @@ from convert.pytorch_to_onnx import build_model, write_model
 from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
 
-TOLERANCE = 1e-4
-
 
 def random_logits(backend: str, model: str, vocab_size: int) -> np.ndarray:
     """Return a backend's logits for random features, always the same: float32 (tokens, 2)."""
@@ -41,8 +38,7 @@ def random_logits(backend: str, model: str, vocab_size: int) -> np.ndarray:
 
 def main() -> None:
     """Convert the checkpoint that the command line names and compare the results."""
-    # Not at the top, because the processes of the other backends do not need TensorFlow.
-    from convert.freeze_tf import build_graph, write_graph
+    from convert.freeze_tf import build_graph, write_graph  # here: the other backends' processes need no TensorFlow
     from convert.tf_checkpoint import read_checkpoint
 
     parser = config.argument_parser(__doc__)
@@ -58,7 +54,6 @@ def main() -> None:
     with config.atomic_write(args.pytorch_out, remedy) as file:
         torch.save({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()}, file)
     write_model(args.onnx_out, build_model(bert_config, weights))
-
     logits = []
     with tempfile.TemporaryDirectory() as folder:
         models = {"tf": f"{folder}/model.pb", "pytorch": args.pytorch_out, "onnxruntime": args.onnx_out}
@@ -70,8 +65,8 @@ def main() -> None:
     worst = max(np.abs(one - other).max() for one, other in combinations(logits, 2))
     files = f"{args.pytorch_out}, {args.onnx_out}"
     print(f"{files}: the logits of TensorFlow, PyTorch and ONNX Runtime differ by at most {worst:.1e}")
-    if not worst < TOLERANCE:
-        raise UserError(f"{files}: the logits differ by {worst:.1e}, {TOLERANCE:.0e} or more; do not use these files")
+    if not worst < 1e-4:
+        raise UserError(f"{files}: the logits differ by {worst:.1e}, 1e-4 or more; do not use these files")
 
 
 if __name__ == "__main__":

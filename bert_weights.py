@@ -49,11 +49,8 @@ def read_config(path: str) -> dict[str, Any]:
 def weight_shapes(bert_config: dict[str, Any]) -> Shapes:
     """Return the shapes of the weights of a BERT with this configuration."""
     hidden, inner = bert_config["hidden_size"], bert_config["intermediate_size"]
-    shapes: Shapes = {
-        "bert.embeddings.word_embeddings.weight": (bert_config["vocab_size"], hidden),
-        "bert.embeddings.position_embeddings.weight": (bert_config["max_position_embeddings"], hidden),
-        "bert.embeddings.token_type_embeddings.weight": (bert_config["type_vocab_size"], hidden),
-    }
+    tables = (("word", "vocab_size"), ("position", "max_position_embeddings"), ("token_type", "type_vocab_size"))
+    shapes: Shapes = {f"bert.embeddings.{kind}_embeddings.weight": (bert_config[size], hidden) for kind, size in tables}
     parts: Shapes = {"bert.embeddings.LayerNorm": (hidden,), "qa_outputs": (2, hidden)}
     for number in range(bert_config["num_hidden_layers"]):
         layer = f"bert.encoder.layer.{number}"
@@ -71,8 +68,8 @@ def check_shapes(path: str, config_file: str, found: Shapes, expected: Shapes) -
     """Raise UserError unless the weights `found` in the file `path` are those that its configuration expects."""
     faults = [f"{name} is missing" for name in expected if name not in found]
     faults += [f"{name} is not BERT's" for name in found if name not in expected]
-    misshapen = [name for name in expected if name in found and found[name] != expected[name]]
-    faults += [f"{name} is {found[name]}, not {expected[name]}" for name in misshapen]
+    wrong = {name: shape for name, shape in expected.items() if found.get(name, shape) != shape}
+    faults += [f"{name} is {found[name]}, not {shape}" for name, shape in wrong.items()]
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise UserError(f"{path}: does not fit {config_file}: {'; '.join(faults[:4])}{more}; give files of one model")
@@ -89,27 +86,12 @@ def model_files(model: str) -> tuple[str, str]:
 def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a BERT for question answering: (configuration, {name: float32 tensor}).
 
-    `model` is a Hugging Face folder (config.json and model.safetensors), or a state dict of `torch.save` whose
-    configuration is the bert_config.json beside it or, if there is none, the project's (BERT-Large). Raises UserError
-    if a file is missing or damaged, or if a weight is missing, unknown, of another shape or not finite.
+    `model` is a Hugging Face folder, or a state dict of `torch.save` with the bert_config.json beside it or else the
+    project's (BERT-Large). Raises UserError if a file is missing or damaged, or weights do not fit or are not finite.
     """
     config_file, path = model_files(model)
     config.require_model_file(path)
     bert_config = read_config(config_file)
-    state = _read_state(path)
-
-    shapes = weight_shapes(bert_config)
-    found = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in UNUSED}
-    check_shapes(path, config_file, found, shapes)
-    weights = {name: state[name].float() for name in shapes}
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"{path}: {broken[0]} holds NaN or infinity ({len(broken)} weights do); fetch the file again")
-    return bert_config, weights
-
-
-def _read_state(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or of a `torch.save` file, mapped into memory if possible."""
     import torch
     from safetensors.torch import load_file
 
@@ -124,4 +106,11 @@ def _read_state(path: str) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged or not safe to load ({line}); fetch it again or {remedy}") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: the file holds no state dict; {remedy}")
-    return state
+    shapes = weight_shapes(bert_config)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in UNUSED}
+    check_shapes(path, config_file, found, shapes)
+    weights = {name: state[name].float() for name in shapes}
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {broken[0]} holds NaN or infinity ({len(broken)} weights do); fetch the file again")
+    return bert_config, weights

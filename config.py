@@ -51,7 +51,7 @@ class UserError(Exception):
 
 def log_progress(text: str) -> None:
     """Log what the command is doing."""
-    log.info("%s", text)
+    log.info("%s", text)  # the "%s" because `text` may hold one
 
 
 def notice(text: str) -> None:
@@ -105,10 +105,7 @@ def positive_int(text: str) -> int:
 
 
 def thread_limit(name: str) -> int | None:
-    """Return the number of threads in the environment variable `name`, or None if it is unset or empty.
-
-    Raises UserError for anything but a number from 1 to MAX_THREADS.
-    """
+    """Return the environment variable `name`, 1 to MAX_THREADS, or None if it is unset or empty. Raises UserError."""
     text = os.environ.get(name)
     try:
         threads = positive_int(text) if text else None
@@ -127,6 +124,15 @@ def cores() -> int:
 def threads() -> int:
     """Return how many threads a backend may use: MLC_MAX_NUM_THREADS, or one per core. Raises UserError."""
     return thread_limit("MLC_MAX_NUM_THREADS") or cores()
+
+
+def cpu_flags() -> list[str]:
+    """Return the instruction sets of this processor by Linux's names, such as avx512f; none on another system."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line for line in file if line.startswith("flags")).split()
+    except (OSError, StopIteration):
+        return []
 
 
 def use_gpu() -> bool:
@@ -175,12 +181,11 @@ def read_json(path: str, what: str, remedy: str, encoding: str = "utf-8") -> Any
 
 @contextlib.contextmanager
 def atomic_write(path: str, remedy: str) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces `path` when the block succeeds; make the folder if it is missing.
+    """Open a temporary file that replaces `path` when the block succeeds, and make the folder if it is missing.
 
-    A symbolic link keeps pointing to its file, and a device such as /dev/null is written directly. Raises UserError,
-    which ends with `remedy`, if the file cannot be written.
+    Raises UserError, which ends with `remedy`, if the file cannot be written.
     """
-    target = os.path.realpath(path)
+    target = os.path.realpath(path)  # a symbolic link stays, and a device such as /dev/null is written directly
     device = os.path.exists(target) and not os.path.isfile(target)
     part = target if device else f"{target}.{os.getpid()}.part"
     try:
@@ -214,12 +219,9 @@ def out_of_memory(error: BaseException) -> str | None:
 def command_name() -> str:
     """Return the name of this process's command: "run.py", or "tools.report" for `python3 -m tools.report`."""
     path = os.path.relpath(sys.argv[0] or "python", ROOT).removesuffix("__main__.py").rstrip(os.sep)
-    folder = path.partition(os.sep)[0]
-    return (
-        path.removesuffix(".py").replace(os.sep, ".")
-        if folder in ("convert", "demo", "tools")
-        else os.path.basename(path)
-    )
+    if path.startswith(("convert", "demo", "tools")):
+        return path.removesuffix(".py").replace(os.sep, ".")
+    return os.path.basename(path)
 
 
 def end_process(message: str, status: int) -> NoReturn:
@@ -242,10 +244,7 @@ def report_missing_package(kind: type[BaseException], error: BaseException, trac
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main()` as a command: a UserError becomes one line on standard error and exit status 1.
-
-    Attaches the handler that writes progress and notices to standard error as "HH:MM:SS text".
-    """
+    """Run `main()` as a command, with progress and notices on standard error; a UserError becomes exit status 1."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)

@@ -2,8 +2,7 @@
 
     python3 create_squad_data.py --dataset dev-v1.1.json --vocab_file vocab.txt --out features.npz
 
-The rules are those of Google BERT's run_squad.py with MLPerf's settings: uncased WordPiece, questions cut at 64 tokens,
-a new window every 128 tokens of the passage. A window is [CLS] question [SEP] piece of the passage [SEP].
+The rules are those of Google BERT's run_squad.py. A window is [CLS] question [SEP] piece of the passage [SEP].
 """
 
 import hashlib
@@ -21,12 +20,10 @@ import config
 from config import UserError
 
 MAX_SEQ_LENGTH = 384  # tokens of a window, MLPerf's max_seq_length
-DOC_STRIDE = 128  # passage tokens from the start of one window to the start of the next
-MAX_QUERY_LENGTH = 64  # question tokens that are kept
+DOC_STRIDE = 128  # MLPerf's doc_stride: passage tokens from the start of one window to the start of the next
+MAX_QUERY_LENGTH = 64  # MLPerf's max_query_length: question tokens that are kept
 CACHE_VERSION = 1  # raise it if the features of unchanged input change
-
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-SURROGATE = re.compile("[\ud800-\udfff]")  # a JSON escape can write a lone one, UTF-8 cannot encode it
 WORD = re.compile("[^ \t\r\n\u202f]+")  # run_squad.py splits a passage into these
 
 
@@ -73,7 +70,7 @@ def read_squad(path: str) -> Squad:
         value = node.get(key) if isinstance(node, dict) else None
         if not isinstance(value, kind):
             raise UserError(f"{path}: {place} has no {key!r} that is a {kind.__name__}; {remedy}")
-        if isinstance(value, str) and SURROGATE.search(value):
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # from a JSON escape; UTF-8 cannot encode it
             raise UserError(f"{path}: {place}: {key!r} contains a lone surrogate (half a character); write it as UTF-8")
         return value
 
@@ -122,18 +119,16 @@ def uncased() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
 
 def wordpiece(vocab: dict[str, int]) -> Tokenizer:
     """Return the uncased WordPiece tokenizer over `vocab`; "[SEP]" in a passage is text for it, as in Google's code."""
-    # Google's tokenizer makes [UNK] of a word of more than 200 characters.
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))  # Google's limit
     tokenizer.normalizer, tokenizer.pre_tokenizer = uncased()
     return tokenizer
 
 
 def cut_windows(tokens: int, room: int) -> list[tuple[slice, np.ndarray]]:
-    """Return the windows over a passage of `tokens` tokens that show at most `room` of them: [(span, best), …].
+    """Cut a passage into windows of at most `room` tokens: [(span, whether it shows each token with the most context)].
 
-    `best` is a bool for each token of the span: whether this window shows it with the most context. That is the smaller
-    of the numbers of tokens to its left and to its right, plus 0.01 times the window's length; the earlier window wins
-    a draw (run_squad.py, `_check_is_max_context`).
+    A token's context is the smaller of the numbers of tokens to its left and right plus 0.01 times the window's length.
+    The earlier window wins a draw (run_squad.py, `_check_is_max_context`).
     """
     if tokens <= room:
         return [(slice(0, tokens), np.ones(tokens, bool))] if tokens else []
@@ -153,10 +148,8 @@ def make_features(squad: Squad, vocab: dict[str, int]) -> Features:
     passages = []  # of each passage: its tokens' ids, and the index of the word that each token is part of
     for text, encoding in zip(squad.passages, tokenizer.encode_batch(squad.passages)):
         word_starts = [match.start() for match in WORD.finditer(text)]
-        token_starts = [start for start, _ in encoding.offsets]
-        words = np.searchsorted(word_starts, token_starts, side="right") - 1
+        words = np.searchsorted(word_starts, [start for start, _ in encoding.offsets], side="right") - 1
         passages.append((np.array(encoding.ids), words))
-
     cls, sep = vocab["[CLS]"], vocab["[SEP]"]
     windows = []  # (question's index, [CLS] question [SEP], and of the passage's tokens: ids, words, max-context flags)
     queries = tokenizer.encode_batch([question.text for question in squad.questions])
@@ -175,8 +168,7 @@ def make_features(squad: Squad, vocab: dict[str, int]) -> Features:
         lengths[row], questions[row] = last + 1, number
         input_ids[row, : last + 1] = np.concatenate((query, ids, [sep]))
         mask[row, : last + 1] = segments[row, first : last + 1] = 1
-        word[row, first:last] = words
-        max_context[row, first:last] = best
+        word[row, first:last], max_context[row, first:last] = words, best
     return Features(input_ids, mask, segments, lengths, questions, word, max_context)
 
 
@@ -185,10 +177,9 @@ def read_cache(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except FileNotFoundError:
-        return {}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        config.notice(f"the cache {path} is damaged ({error}); making it again")
+        if not isinstance(error, FileNotFoundError):
+            config.notice(f"the cache {path} is damaged ({error}); making it again")
         return {}
 
 
@@ -206,8 +197,7 @@ def load_features(
 ) -> tuple[Squad, Features]:
     """Return the data set and its features, or only the first `max_examples` features.
 
-    They are read from the cache file `cache` (default: build/cache/features-DIGEST.npz) if it holds the features of
-    exactly these inputs; otherwise they are made and written there. Raises UserError if an input cannot be used.
+    The file `cache` (default: build/cache/features-DIGEST.npz) keeps them for the next call. Raises UserError.
     """
     squad, vocab = read_squad(dataset), read_vocab(vocab_file)
     settings = (CACHE_VERSION, tokenizers.__version__, MAX_SEQ_LENGTH, DOC_STRIDE, MAX_QUERY_LENGTH)
@@ -228,13 +218,9 @@ def load_features(
 
 
 def read_calibration(path: str, squad: Squad, features: Features) -> np.ndarray:
-    """Return the indices of the features that the list `path` names: an index or a question id per line. int64.
-
-    Raises UserError if the list is empty or names what the data set does not have.
-    """
-    remedy = "give a list that was made for this data set"
-    text = config.read_text(path, "the calibration list", remedy)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """Return the int64 indices of the features that `path` lists, by index or question id. Raises UserError."""
+    remedy = f"give a list that was made for {squad.path}"
+    lines = [line.strip() for line in config.read_text(path, "the list", remedy).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: the calibration list is empty; {remedy}")
     question_ids = {question.id: number for number, question in enumerate(squad.questions)}
@@ -242,8 +228,7 @@ def read_calibration(path: str, squad: Squad, features: Features) -> np.ndarray:
     known = question_ids if by_id else {str(row): row for row in range(len(features))}
     for line in lines:
         if line not in known:
-            fault = f"{line!r} is neither a question id nor one of the {len(features)} features of {squad.path}"
-            raise UserError(f"{path}: {fault}; {remedy}")
+            raise UserError(f"{path}: {line!r} is no question id and none of the {len(features)} features; {remedy}")
     numbers = np.array([known[line] for line in lines])
     return np.flatnonzero(np.isin(features.question, numbers)) if by_id else numbers
 

@@ -47,7 +47,7 @@ MAX_SAMPLES = 1e9  # of a run; LoadGen holds all of them in memory
 
 CLOCK_JUMP_S = 0.2  # a larger change between two looks is a jump; NTP keeps a clock in step by smaller ones
 QUICK_S = 10  # minimum duration of a --quick run
-OFFLINE_SLACK = 1.1  # LoadGen's: at target_qps, Offline's query lasts so many times the minimum duration
+OFFLINE_SLACK = 1.1  # LoadGen sizes Offline's query so that it takes 1.1 times the minimum duration at target_qps
 
 Outcome = queue.SimpleQueue[BaseException | None]  # the exception that ends a run, None when the run is complete
 
@@ -138,22 +138,16 @@ def prepare_log_folder(folder: str) -> None:
         raise UserError(f"{folder}: cannot write logs there ({error.strerror}); {remedy}") from None
 
 
-def minimum_duration(settings: Any) -> float:
-    """Return the minimum duration of LoadGen's performance test in seconds; for Offline, the one at target_qps."""
-    seconds: float = settings.min_duration_ms / 1e3
-    if settings.scenario.name == "Offline":
-        seconds = max(OFFLINE_SLACK * seconds, settings.min_query_count / settings.offline_expected_qps)
-    elif settings.scenario.name == "Server":
-        seconds = max(seconds, settings.min_query_count / settings.server_target_qps)
-    return seconds
-
-
 def announce(options: RunOptions, settings: Any) -> None:
-    """Log that the run starts, how long it takes and how to make a short one."""
+    """Log that the run starts, how long it takes at least (Offline: at target_qps) and how to make a short one."""
     if options.accuracy:
         log_progress(f"running {options.scenario}, accuracy mode")
         return
-    seconds = minimum_duration(settings)
+    seconds = settings.min_duration_ms / 1e3
+    if options.scenario == "Offline":
+        seconds = max(OFFLINE_SLACK * seconds, settings.min_query_count / settings.offline_expected_qps)
+    elif options.scenario == "Server":
+        seconds = max(seconds, settings.min_query_count / settings.server_target_qps)
     end = time.localtime(time.time() + seconds)
     length = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.3g} seconds"
     until = time.strftime("%H:%M:%S" if seconds < 120 else "%a %H:%M", end)

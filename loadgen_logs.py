@@ -37,7 +37,7 @@ class Metric(NamedTuple):
     keys: tuple[str, ...]  # of LoadGen's detail log; the first that has a value counts
 
 
-# MLPerf counts a latency's early-stopping estimate; a run too short to have one gives the percentile.
+# MLPerf counts the early-stopping estimate of a latency; a short run has none, and its percentile is used instead.
 P90 = ("early_stopping_latency_ss", "result_90.00_percentile_latency_ns")
 P99 = ("early_stopping_latency_ms", "result_99.00_percentile_per_query_latency_ns")
 METRICS = {

@@ -1,7 +1,4 @@
-"""Run LoadGen on the models of other machines (`run.py --network=lon`): a backend whose batches run on servers there.
-
-The rest of a run is the same as with a backend on this machine, but LoadGen gets a QDL instead of an SUT.
-"""
+"""Run batches on the models of other machines (`run.py --network=lon`); LoadGen gets a QDL instead of an SUT."""
 
 import http.client
 import json
@@ -22,17 +19,14 @@ from config import UserError
 from squad_QSL import Batch
 
 ANSWER_S = 3  # a server that does not describe itself within this time is lost
-PATIENCE_S = 1  # after this time without a response, a server is asked whether it is alive
-IDLE_S = 30  # a connection that was unused for this time may be broken without notice and is not used again
 FAULTS = (OSError, http.client.HTTPException)  # what a broken server or connection raises
 POLICIES = {name: policy for policy, name in network_format.POLICY_NAMES.items()}
 
 
 class Node:
-    """Talk to a server; hold how it describes itself, how many requests are open there and, if it is lost, why."""
+    """Talk to the server at an address, http://HOST:PORT. Raises UserError if no SUT answers there."""
 
     def __init__(self, address: str) -> None:
-        """Parse the address, http://HOST:PORT, and connect. Raises UserError if no SUT answers."""
         self.address = address
         try:
             parts = urlsplit(address if "//" in address else f"http://{address}")
@@ -42,12 +36,10 @@ class Node:
         except ValueError:
             raise UserError(f"--sut_server {address}: not of the form http://HOST:PORT; correct it") from None
         self.instance = ""  # another one after a restart
-        self.open_requests = 0
-        self.lost = ""
+        self.open_requests, self.lost = 0, ""  # why it is lost, if it is
         self.kept = threading.local()  # .connection of this thread, .used: when (time.monotonic())
         if error := self.fault():
-            remedy = "start it with run.py --network=sut, or correct --sut_server"
-            raise UserError(f"{address}: no SUT there ({error}); {remedy}")
+            raise UserError(f"{address}: no SUT there ({error}); start run.py --network=sut, or correct --sut_server")
 
     def connect(self) -> socket.socket:
         """Return a new connection, after the server has described itself on it. Raises one of FAULTS."""
@@ -89,12 +81,12 @@ class Node:
     def predict(self, body: bytes) -> bytes:
         """Return the response to a request. Raises one of FAULTS, or UserError if the server refuses the request."""
         connection = getattr(self.kept, "connection", None)
-        if not connection or time.monotonic() - self.kept.used > IDLE_S:
+        if not connection or time.monotonic() - self.kept.used > 30:  # unused for 30 s, it may be broken without notice
             connection = self.kept.connection = self.connect()
         self.send(connection, "/predict/", network_format.CONTENT_TYPE, body)
         arrival = select.poll()
         arrival.register(connection, select.POLLIN)
-        while not arrival.poll(1000 * PATIENCE_S):
+        while not arrival.poll(1000):  # no response for 1 s: ask whether the server is alive
             self.connect().close()
         response, content = receive(connection)
         self.kept.used = time.monotonic()
@@ -112,10 +104,9 @@ def receive(connection: socket.socket) -> tuple[http.client.HTTPResponse, bytes]
 
 
 class NetworkBackend(Backend):
-    """Run each batch on the server with the fewest open requests; if that server is lost, run it on another."""
+    """Run each batch on the server with the fewest open requests. Raises UserError if one cannot be used or differs."""
 
     def __init__(self, options: RunOptions) -> None:
-        """Connect to the servers of `options`. Raises UserError if one cannot be used or differs."""
         self.lock = threading.Lock()  # guards what the nodes know
         self.nodes = [Node(address) for address in options.sut_server]
         first = self.nodes[0]
@@ -126,11 +117,9 @@ class NetworkBackend(Backend):
                     raise UserError(f"{node.address}: {difference}; all must run the same model on equal machines")
         if len({node.instance for node in self.nodes}) < len(self.nodes):
             raise UserError(f"--sut_server {' '.join(options.sut_server)}: a server is named twice; name each once")
-        vocab_size = first.model["vocabulary size"]
+        vocab_size, self.batch_policy = first.model["vocabulary size"], first.model["batch policy"]
         self.vocab_size = vocab_size if vocab_size < network_format.TOKEN_LIMIT else None
-        self.batch_policy = first.model["batch policy"]
-        # One batch waits at each server, so that none is idle while a response travels.
-        self.concurrency = sum(node.concurrency + 1 for node in self.nodes)
+        self.concurrency = sum(node.concurrency + 1 for node in self.nodes)  # none idles while a response travels
         self.name = ", ".join(node.name for node in self.nodes)
 
     def node_names(self) -> str:
@@ -139,12 +128,17 @@ class NetworkBackend(Backend):
         return self.name
 
     def predict(self, batch: Batch) -> np.ndarray:
-        """Return the logits of a batch, float32 (tokens, 2). Raises UserError if no server is left."""
+        """Return the logits, float32 (tokens, 2), from another server if one is lost. Raises UserError if all are."""
         body = network_format.encode(batch)
         while True:
-            node = self.acquire()
+            with self.lock:
+                if not (living := [node for node in self.nodes if not node.lost]):
+                    reasons = "; ".join(f"{node.address}: {node.lost}" for node in self.nodes)
+                    raise UserError(f"no SUT is left: {reasons}")
+                node = min(living, key=lambda node: node.open_requests)
+                node.open_requests += 1
             try:
-                return network_format.decode_logits(node.predict(body))
+                return np.frombuffer(node.predict(body), "<f4").reshape(-1, 2)
             except FAULTS as error:
                 self.drop(node, error)
                 self.drop_lost()
@@ -152,24 +146,12 @@ class NetworkBackend(Backend):
                 with self.lock:
                     node.open_requests -= 1
 
-    def acquire(self) -> Node:
-        """Return the server for the next batch, and count the request as open."""
-        with self.lock:
-            living = [node for node in self.nodes if not node.lost]
-            if not living:
-                reasons = "; ".join(f"{node.address}: {node.lost}" for node in self.nodes)
-                raise UserError(f"no SUT is left: {reasons}")
-            node = min(living, key=lambda node: node.open_requests)
-            node.open_requests += 1
-            return node
-
     def drop(self, node: Node, error: Exception) -> None:
         """Send nothing more to a server."""
         with self.lock:
-            if node.lost:
-                return
-            node.lost = config.first_line(error)
-        config.notice(f"{node.address} is lost ({node.lost}); its queries go to the others")
+            if not node.lost:
+                node.lost = config.first_line(error)
+                config.notice(f"{node.address} is lost ({node.lost}); its queries go to the others")
 
     def drop_lost(self) -> None:
         """Drop every server that does not answer; all are asked at once, so this takes at most ANSWER_S."""

@@ -27,39 +27,30 @@ import uvloop
 from aiohttp import web
 
 import config
-import network_format
-from backends import Backend, RunOptions
+from backends import Backend, BatchPolicy, RunOptions
 from batching import BatchPlan, Pending
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from network_format import Samples
+from network_format import CONTENT_TYPE, POLICY_NAMES, TOKEN_LIMIT, Samples, decode
 from squad_QSL import Batch
 from squad_SUT import SquadSUT, Worker, validate_logits
 
-BODY_LIMIT = 16 * 2**20  # bytes of a request
-SHUTDOWN_S = 1  # how long open requests may run after a signal
 INPUTS = ("input_ids", "input_mask", "segment_ids")
-
-Query = namedtuple("Query", ("index", "id"))  # for `SquadSUT` what LoadGen's QuerySample is
+# A chunk: samples of one request, together to save work for each. Its id: (the future of its logits, number of tokens).
+Query = namedtuple("Query", ("index", "id"))
 
 
 class NetworkSUT(SquadSUT):
-    """Answer requests as `SquadSUT` answers LoadGen.
-
-    A query is a chunk: samples of one request that stay together, which saves work for each sample. Its id is (the
-    future of its logits, its number of tokens). This object is also the sample library, of chunks.
-    """
+    """Answer requests, in a running event loop, as `SquadSUT` answers LoadGen; be the sample library, of chunks."""
 
     def __init__(self, backend: Backend, plan: BatchPlan, worker: Worker) -> None:
-        """Start the workers; the event loop must be running."""
         self.loop = asyncio.get_running_loop()
         self.numbers = itertools.count()
         self.chunks: dict[int, Samples] = {}
         self.lengths: dict[int, int] = {}  # tokens of each chunk
         self.chunk_plan = plan
-        if plan.policy != "mixed":  # chunks do not share a batch
-            plan = replace(plan, policy="single")
-        super().__init__(backend, self, replace(plan, concurrency=backend.concurrency), fail, worker)
+        policy: BatchPolicy = "mixed" if plan.policy == "mixed" else "single"  # single: chunks do not share a batch
+        super().__init__(backend, self, replace(plan, policy=policy, concurrency=backend.concurrency), fail, worker)
 
     async def logits(self, samples: Samples) -> np.ndarray:
         """Return the logits of a request's samples, float32 (tokens, 2). Raises what the backend raised."""
@@ -90,10 +81,9 @@ class NetworkSUT(SquadSUT):
     def answer(self, ids: Sequence[tuple[asyncio.Future[np.ndarray], int]], batch: Batch) -> None:
         """Run a batch. A fault of the backend ends the requests in it, but not the server."""
         futures, tokens = zip(*ids)
-        results: Sequence[np.ndarray | Exception]
         try:
             logits = validate_logits(batch.lengths, self.backend.predict(batch))
-            results = np.split(logits, np.cumsum(tokens)[:-1])
+            results: Sequence[np.ndarray | Exception] = np.split(logits, np.cumsum(tokens)[:-1])
         except Exception as error:  # the client gets its message
             if not isinstance(error, UserError):
                 traceback.print_exception(error)
@@ -101,14 +91,12 @@ class NetworkSUT(SquadSUT):
         self.loop.call_soon_threadsafe(settle, futures, results)
 
 
-def settle(futures: Sequence[asyncio.Future[np.ndarray]], results: Sequence[np.ndarray | Exception]) -> None:
-    """Complete the futures, except those of requests that were dropped."""
+def settle(futures: Sequence[asyncio.Future[np.ndarray]], results: Sequence[Any]) -> None:
+    """Complete the futures with logits or exceptions, except those of requests that were dropped."""
     for future, result in zip(futures, results):
-        if future.done():
-            continue
-        if isinstance(result, Exception):
+        if isinstance(result, Exception) and not future.done():
             future.set_exception(result)
-        else:
+        elif not future.done():
             future.set_result(result)
 
 
@@ -145,18 +133,15 @@ def check(samples: Samples, vocab_size: int | None) -> None:
     """Raise ValueError if a model that knows `vocab_size` tokens (None: any number) cannot take the samples."""
     if not len(samples[0]):
         raise ValueError("no samples")
-    tokens = vocab_size or network_format.TOKEN_LIMIT
-    limits = (1, MAX_SEQ_LENGTH, "tokens per sample"), (0, tokens - 1, "token ids"), (0, 1, "segments")
+    last_id = (vocab_size or TOKEN_LIMIT) - 1
+    limits = (1, MAX_SEQ_LENGTH, "tokens per sample"), (0, last_id, "token ids"), (0, 1, "segments")
     for values, (low, high, what) in zip(samples, limits):
         if values.min() < low or values.max() > high:
             raise ValueError(f"{what} from {values.min()} to {values.max()}; {low} to {high} are possible")
 
 
 def describe(backend: Backend, node: str) -> dict[str, Any]:
-    """Return the content of /getname/: the name, and what must be the same on all servers of a client.
-
-    The digest of the logits of a fixed sample stands for the model; computing it warms up the backend.
-    """
+    """Return the content of /getname/: the name, and what must be the same on all servers of a client."""
     ids = np.arange(MAX_SEQ_LENGTH, dtype=np.int32)[None] % 100
     sample = Batch(ids, np.ones_like(ids), np.zeros_like(ids), np.array([MAX_SEQ_LENGTH], np.int32))
     return {
@@ -164,8 +149,9 @@ def describe(backend: Backend, node: str) -> dict[str, Any]:
         "instance": uuid.uuid4().hex,
         "workers": backend.concurrency,
         "backend": backend.name,
-        "vocab_size": backend.vocab_size or network_format.UNKNOWN_VOCAB_SIZE,
-        "together": network_format.POLICY_NAMES[backend.batch_policy],
+        "vocab_size": backend.vocab_size or 2**63 - 1,  # unknown: any number above all token ids
+        "together": POLICY_NAMES[backend.batch_policy],
+        # The digest of the logits of a fixed sample stands for the model; computing it warms up the backend.
         "logits": hashlib.sha256(backend.predict(sample).tobytes()).hexdigest(),
     }
 
@@ -179,22 +165,20 @@ def serve(backend: Backend, plan: BatchPlan, worker: Worker, options: RunOptions
     sut: NetworkSUT  # set by `run`, in the event loop
 
     async def predict(request: web.Request) -> web.Response:
-        binary = request.content_type == network_format.CONTENT_TYPE
+        binary = request.content_type == CONTENT_TYPE
         try:
             body = await request.read()
-            samples, query = (network_format.decode(body), {}) if binary else decode_json(body)
+            samples, query = (decode(body), {}) if binary else decode_json(body)
             check(samples, backend.vocab_size)
-        except OSError:
-            raise web.HTTPBadRequest(text="the request is incomplete\n") from None
-        except ValueError as error:
-            raise web.HTTPBadRequest(text=f"{error}\n") from None
+        except (OSError, ValueError) as error:
+            problem = "the request is incomplete" if isinstance(error, OSError) else error
+            raise web.HTTPBadRequest(text=f"{problem}\n") from None
         try:
             logits = await sut.logits(samples)
         except Exception as error:  # whatever the backend raised
-            text = f"{type(error).__name__}: {config.first_line(error)}\n"
-            raise web.HTTPInternalServerError(text=text) from None
+            raise web.HTTPInternalServerError(text=f"{type(error).__name__}: {config.first_line(error)}\n") from None
         if binary:
-            return web.Response(body=logits.astype("<f4").tobytes(), content_type=network_format.CONTENT_TYPE)
+            return web.Response(body=logits.astype("<f4").tobytes(), content_type=CONTENT_TYPE)
         results = [pairs.tolist() for pairs in np.split(logits, np.cumsum(samples[0])[:-1])]
         query["result"] = results if isinstance(query["query"], list) else results[0]
         return web.json_response({key: query[key] for key in ("result", "id") if key in query})
@@ -211,11 +195,11 @@ def serve(backend: Backend, plan: BatchPlan, worker: Worker, options: RunOptions
     def ready(_: str) -> None:
         config.log_progress(f"{description['name']}, ready on http://{host}:{port}; end it with Ctrl-C")
 
-    app = web.Application(client_max_size=BODY_LIMIT)
+    app = web.Application(client_max_size=16 * 2**20)  # bytes of a request
     app.add_routes([web.post("/predict/", predict), web.post("/getname/", getname), web.get("/getname/", getname)])
     app.cleanup_ctx.append(run)
     loop = uvloop.new_event_loop()
-    try:
-        web.run_app(app, host=host, port=port, shutdown_timeout=SHUTDOWN_S, access_log=None, loop=loop, print=ready)
+    try:  # an open request may run for 1 s after a signal
+        web.run_app(app, host=host, port=port, shutdown_timeout=1, access_log=None, loop=loop, print=ready)
     except OSError as error:
         raise UserError(f"--host={host} --port={port}: cannot listen there ({error}); give others") from None

@@ -10,17 +10,13 @@ A request is little-endian arrays, one after the other:
 The response is float32 (tokens, 2): the start and end logit of every token.
 """
 
-import sys
-
 import numpy as np
 
 from backends import BatchPolicy
 from squad_QSL import Batch
 
 CONTENT_TYPE = "application/octet-stream"
-# How a server describes its batch policy, and a vocabulary of unknown size (any number above all token ids).
-POLICY_NAMES: dict[BatchPolicy, str] = {"mixed": "any", "same_length": "equal", "single": "one"}
-UNKNOWN_VOCAB_SIZE = sys.maxsize
+POLICY_NAMES: dict[BatchPolicy, str] = {"mixed": "any", "same_length": "equal", "single": "one"}  # in /getname/
 TOKEN_LIMIT = 2**31  # above every token id
 
 Samples = tuple[np.ndarray, np.ndarray, np.ndarray]  # lengths (B,), token ids (tokens,), segments (tokens,)
@@ -44,8 +40,3 @@ def decode(body: bytes) -> Samples:
     if len(body) != start + 5 * tokens:
         raise ValueError(f"{len(body)} bytes; {count} samples of {tokens} tokens in all take {start + 5 * tokens}")
     return lengths, np.frombuffer(body, "<i4", tokens, start), np.frombuffer(body, "u1", tokens, start + 4 * tokens)
-
-
-def decode_logits(content: bytes) -> np.ndarray:
-    """Return the logits of a response, float32 (tokens, 2)."""
-    return np.frombuffer(content, "<f4").reshape(-1, 2)

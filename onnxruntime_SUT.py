@@ -13,7 +13,6 @@ from squad_QSL import Batch
 
 CPU = "CPUExecutionProvider"
 INPUT_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-SLOW_ON_CPU = {"SkipLayerNormFusion"}  # the fused operator takes longer than an addition and a norm
 REMEDY = "`make convert` writes files that fit"
 
 
@@ -35,10 +34,9 @@ def describe(nodes: list[onnxruntime.NodeArg]) -> str:
 
 
 class OnnxModel:
-    """An ONNX file of BERT in ONNX Runtime, with its inputs checked."""
+    """An ONNX file of BERT in ONNX Runtime, which messages call `name`. Raises UserError if it cannot be used."""
 
     def __init__(self, path: str, name: str, options: RunOptions) -> None:
-        """Load the file `path`, which messages call `name`. Raises UserError if it cannot be used."""
         config.require_model_file(path)
         settings = onnxruntime.SessionOptions()
         if options.profile:
@@ -51,12 +49,11 @@ class OnnxModel:
         settings.log_severity_level = 3  # errors only
         if not on_cpu:
             onnxruntime.preload_dlls()  # CUDA's, if pip installed them, as in the Docker image
-        disabled = SLOW_ON_CPU if on_cpu else None
+        disabled = {"SkipLayerNormFusion"} if on_cpu else None  # it takes longer than an addition and a norm
         try:
             self.session = onnxruntime.InferenceSession(path, settings, use, disabled_optimizers=disabled)
         except Exception as error:  # ONNX Runtime has a type for each kind of damage
             raise UserError(f"{name}: damaged or not an ONNX model ({config.first_line(error)}); {REMEDY}") from None
-
         nodes = {node.name: node for node in self.session.get_inputs()}
         inputs = [nodes[input_name] for input_name in config.onnx_inputs(name, list(nodes))]
         if not all(node.type in INPUT_DTYPES for node in inputs):
@@ -84,14 +81,12 @@ class OnnxRuntimeBackend(Backend):
         provider = self.model.session.get_providers()[0]
         if options.one_batch_per_core and provider == CPU:
             self.concurrency = config.threads()
+        self.batch_policy = "same_length" if provider == CPU else "mixed"
         if self.model.batch_size == 1:
             self.batch_policy = "single"
-        elif provider == CPU:
-            self.batch_policy = "same_length"
         self.name = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {options.dtype}"
         if options.profile:
-            session = self.model.session
-            atexit.register(lambda: config.log_progress(f"profile: {session.end_profiling()}"))
+            atexit.register(lambda: config.log_progress(f"profile: {self.model.session.end_profiling()}"))
 
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the logits of every token, float32 (tokens, 2). Raises UserError if a token is not the model's."""

@@ -26,8 +26,7 @@ class OpenVinoBackend(Backend):
         # In SingleStream one request at a time uses all cores; in the other scenarios requests run at once.
         hint = "LATENCY" if options.scenario == "SingleStream" else "THROUGHPUT"
         settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": PRECISIONS[options.dtype]}
-        threads = config.thread_limit("MLC_MAX_NUM_THREADS")
-        if threads and device == "CPU":
+        if (threads := config.thread_limit("MLC_MAX_NUM_THREADS")) and device == "CPU":
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         try:
             model = core.read_model(path)

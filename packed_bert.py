@@ -1,8 +1,7 @@
 """Compute BERT for question answering over packed tokens in PyTorch: no sample is padded.
 
-The tokens of all samples of a batch are concatenated into one matrix for every linear layer; only attention treats each
-sample separately. On a CPU each row of a result has the same bits whatever the other rows are, so a sample's logits do
-not depend on its batch; tests/test_packed_bert.py checks this.
+The tokens of a batch form one matrix for every linear layer; only attention treats each sample separately. On a CPU a
+row's bits do not depend on other rows, nor a sample's logits on its batch; tests/test_packed_bert.py checks this.
 """
 
 from collections.abc import Callable
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from squad_QSL import Batch
 
-# On a CPU the rows of a linear layer's input are filled up to a multiple of ROWS, and so are a sample's rows within
-# attention unless it is in fp32. oneDNN generates a kernel for each number of rows that it meets, which took a fifth of
-# a small BERT's time for a sample in bf16 and int8. Samples of all lengths now have 24 such numbers instead of 300.
-# ROWS = 8 was no faster, and 32 was slower.
+# On a CPU the rows of a linear layer's input are filled up to a multiple of ROWS, and so are a sample's in attention
+# unless it is in fp32. oneDNN generates a kernel for each number of rows, which took a fifth of a small BERT's time in
+# bf16 and int8; samples of all lengths have 24 such numbers instead of 300. ROWS = 8 was no faster, and 32 was slower.
 ROWS = 16
 
 Ranges = dict[str, tuple[Tensor, Tensor]]  # of the inputs of linear layers: {layer name: (low, high)}, fp32 (inputs,)
@@ -38,12 +36,11 @@ class Linear:
         return F.gelu(y) if gelu else y
 
 
-class PrepackedLinear:
+class PrepackedLinear(Linear):
     """A linear layer of oneDNN on CPUs, which reorders its weights once; all tensors are fp32, or all are bf16."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self.bias = bias
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
 
     def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         """Return x W' + b, its gelu, or its sum with `residual`."""
@@ -61,12 +58,10 @@ def uint8_range(low: Tensor, high: Tensor) -> tuple[float, int]:
 
 
 class Int8Linear:
-    """A linear layer of oneDNN in int8 on CPUs, made from fp32 tensors; `low` and `high` are the range of its input.
-
-    The weights have a scale for each output. The input has a constant one, so no result depends on the batch.
-    """
+    """A linear layer of oneDNN in int8 on CPUs, made from fp32 tensors; `low` and `high` are the range of its input."""
 
     def __init__(self, weight: Tensor, bias: Tensor, low: Tensor, high: Tensor, output_dtype: torch.dtype) -> None:
+        # The weights have a scale for each output. The input has a constant one, so no result depends on the batch.
         self.scale, zero_point = uint8_range(low, high)
         self.offset = torch.tensor([zero_point + 0.5])
         weight_scale = weight.abs().amax(1).clamp(min=1e-12) / 127
@@ -86,8 +81,7 @@ class Int8Linear:
 
     def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         """Return x W' + b, its gelu as uint8, or its sum with `residual` in the residual's dtype."""
-        quantized = x if x.dtype == torch.uint8 else self.quantize(x)  # a gelu has returned uint8
-        inputs = quantized, *self.operands
+        inputs = (x if x.dtype == torch.uint8 else self.quantize(x)), *self.operands  # a gelu has returned uint8
         if residual is not None:
             output = 1.0, 0, residual.dtype, 1.0, 0, "add", 1.0, "none", (), ""
             return torch.ops.onednn.qlinear_pointwise.binary(*inputs, residual, self.bias, *output)
@@ -95,17 +89,13 @@ class Int8Linear:
 
 
 def attention(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
-    """Return the attention within each sample, (T, hidden).
-
-    `qkv` (T, 3 * hidden) holds the queries, already scaled, the keys and the values; `lengths` are the samples' numbers
-    of tokens. Rows after the last sample become copies of the first row of the result.
-    """
+    """Return the attention (T, hidden) within each sample; `qkv` (T, 3 * hidden): scaled queries, keys and values."""
     tokens, width = qkv.shape
     result = qkv.new_empty(tokens, width // 3)
     by_head = result.view(tokens, heads, -1).transpose(0, 1)  # (heads, T, hidden / heads)
     parts = qkv.view(tokens, 3, heads, -1).permute(1, 2, 0, 3)
     start = 0
-    for length in lengths:
+    for length in lengths:  # in tokens
         sample = slice(start, start + length)
         q, k, v = parts[:, :, sample]
         if qkv.dtype != torch.float32:  # oneDNN computes these products and would copy q, k and v anyway
@@ -116,7 +106,7 @@ def attention(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
         scores[:, :, length:] = -torch.inf
         by_head[:, sample] = torch.bmm(torch.softmax(scores, dim=-1), v)[:, :length]
         start += length
-    result[start:] = result[0]
+    result[start:] = result[0]  # the rows after the last sample
     return result
 
 
@@ -144,7 +134,7 @@ class Bert:
         weights: dict[str, Tensor],
         device: torch.device,
         dtype: torch.dtype,
-        make_linear: Callable[[str, Tensor, Tensor], Linear | PrepackedLinear | Int8Linear],
+        make_linear: Callable[[str, Tensor, Tensor], Linear | Int8Linear],
     ) -> None:
         self.device, self.heads = device, bert_config["num_attention_heads"]
         self.epsilon = bert_config["layer_norm_eps"]
@@ -178,13 +168,12 @@ class Bert:
         words, positions, types = (torch.from_numpy(batch.packed(array)).to(self.device) for array in arrays)
         lengths = batch.lengths.tolist()
         x = self._norm(self.words[words] + self.positions[positions] + self.types[types], self.embedding_norm)
-        tokens = len(x)
         # Fill up with copies of the first token: they have its values in every layer, so no range of inputs changes.
-        x = torch.cat((x, x[:1].expand(-tokens % self.rows, -1)))
+        x = torch.cat((x, x[:1].expand(-len(x) % self.rows, -1)))
         for qkv, out, out_norm, up, down, down_norm in self.layers:
             x = self._norm(out(self.attention(qkv(x), self.heads, lengths), residual=x), out_norm)
             x = self._norm(down(up(x, gelu=True), residual=x), down_norm)
-        return self.answer(x[:tokens].float())
+        return self.answer(x[: len(words)].float())
 
     def _norm(self, x: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[1:], *weight_bias, self.epsilon)

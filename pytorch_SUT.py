@@ -2,13 +2,11 @@
 
 import os
 import platform
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-# Before torch is imported: oneDNN's caches of kernels hold 1,024 by default, and grow for minutes to three times the
-# model's memory. 256 hold those of a Server run of a small BERT in int8, which made 211; with 16, batches took a third
-# longer.
+# Before torch is imported: oneDNN's caches of 1,024 kernels grow for minutes to three times the model's memory.
+# 256 hold the 211 kernels of a Server run of a small BERT in int8; with 16, batches took a third longer.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
 
@@ -35,30 +33,24 @@ def find_device() -> torch.device:
 
 def cpu_runs(dtype: str) -> bool:
     """Return whether this processor has instructions for matrix products in `dtype`."""
-    checks: dict[str, Callable[[], bool]] = {
-        "fp32": lambda: True,
-        "bf16": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-        "fp16": lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-        "int8": lambda: torch.cpu._is_vnni_supported(),
-    }
-    return checks[dtype]()
+    if dtype == "bf16":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if dtype == "fp16":
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == "fp32" or bool(torch.cpu._is_vnni_supported())
 
 
-def float_linear(dtype: torch.dtype, name: str, weight: Tensor, bias: Tensor) -> Linear | PrepackedLinear:
-    """Make a linear layer of `Bert` in `dtype`."""
+def linear_layer(dtype: str, ranges: Ranges, name: str, weight: Tensor, bias: Tensor) -> Linear | Int8Linear:
+    """Make a linear layer of `Bert` in `dtype`; int8 needs the input ranges of all layers."""
+    if dtype == "int8":
+        int8 = Int8Linear(weight, bias, *ranges[name], torch.bfloat16)
+        if name.endswith(".up"):
+            int8.quantize_gelu(*ranges[name.replace("up", "down")])
+        return int8
     # oneDNN's blocked layout is for x86; PyTorch's own operators are faster on other processors.
     on_x86 = weight.device.type == "cpu" and platform.machine() == "x86_64"
     linear = PrepackedLinear if on_x86 and torch.backends.mkldnn.is_available() else Linear
-    return linear(weight.to(dtype), bias.to(dtype))
-
-
-def int8_linear(ranges: Ranges, name: str, weight: Tensor, bias: Tensor) -> Int8Linear:
-    """Make a linear layer of `Bert` in int8 from the input ranges of all layers."""
-    layer, part = name.split(".")
-    linear = Int8Linear(weight, bias, *ranges[name], torch.bfloat16)
-    if part == "up":
-        linear.quantize_gelu(*ranges[f"{layer}.down"])
-    return linear
+    return linear(weight.to(DTYPES[dtype]), bias.to(DTYPES[dtype]))
 
 
 class PyTorchBackend(Backend):
@@ -73,7 +65,6 @@ class PyTorchBackend(Backend):
         self.model_path = model_files(model)[1]
         bert_config, weights = read_weights(model)
         self.vocab_size = bert_config["vocab_size"]
-
         dtype = options.dtype
         if self.device.type == "cuda" and dtype == "int8":
             raise UserError("--dtype=int8 runs on CPUs only; set USE_GPU=0 or give --dtype=fp16")
@@ -81,9 +72,9 @@ class PyTorchBackend(Backend):
             config.notice(f"this processor has no {dtype} instructions; running in fp32")
             dtype = "fp32"
         self.name = f"PyTorch {torch.__version__}, {self.device.type}, {dtype}"
-        make_linear: partial[Any] = partial(float_linear, DTYPES[dtype])
         if dtype == "int8":
-            make_linear = partial(int8_linear, ranges or self.prepare(options)["ranges"])
+            ranges = ranges or self.prepare(options)["ranges"]
+        make_linear = partial(linear_layer, dtype, ranges or {})
         with torch.inference_mode():
             self.bert = Bert(bert_config, weights, self.device, DTYPES[dtype], make_linear)
 
@@ -126,8 +117,7 @@ class PyTorchReference(Backend):
     @torch.inference_mode()
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the logits of every token of a batch of one sample, float32 (tokens, 2)."""
-        arrays = batch.padded_to(MAX_SEQ_LENGTH)
-        ids, mask, segments = (torch.from_numpy(array).long().to(self.device) for array in arrays)
-        answer = self.model(input_ids=ids, attention_mask=mask, token_type_ids=segments)
+        ids, mask, types = (torch.from_numpy(array).long().to(self.device) for array in batch.padded_to(MAX_SEQ_LENGTH))
+        answer = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types)
         pairs = torch.stack((answer.start_logits[0], answer.end_logits[0]), dim=-1)
         return np.asarray(pairs[: batch.lengths[0]].cpu())

@@ -20,9 +20,8 @@ from functools import partial
 
 import numpy as np
 
-# Ray reads these when it is imported. The first is for every operating system, in spite of its name: a local cluster
-# listens on 127.0.0.1 only. The second is how long the head may be gone before the run ends, instead of a minute. The
-# third keeps a call after `ray.shutdown` from starting another cluster.
+# Ray reads these when it is imported: a local cluster listens on 127.0.0.1 only (on every operating system), a run ends
+# 10 s after the head is gone, instead of a minute, and a call after `ray.shutdown` starts no other cluster.
 if not os.environ.get("RAY_ADDRESS"):
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
@@ -39,10 +38,8 @@ from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch
 
-MAX_TRIES = 3  # of a batch whose actors are lost
 CLUSTER_S = 10  # time in which a cluster must answer
 START_S = 60  # time in which an actor's process must start; sending and loading the model has no fixed limit
-BATCHES_PER_ACTOR = 2  # one that runs and one that is on its way
 
 Placement = tuple[str, int | None]  # a node's id, and the cores of an actor there or None for one GPU
 Description = tuple[str, int | None, BatchPolicy]  # name, vocabulary size and batch policy of an actor's backend
@@ -50,11 +47,9 @@ Description = tuple[str, int | None, BatchPolicy]  # name, vocabulary size and b
 
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start a local one. Raises UserError."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        # `ray.init` would try for minutes and cannot be stopped, but a process can.
+    if address := os.environ.get("RAY_ADDRESS"):
         command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
-        try:
+        try:  # in a process, which can be stopped; `ray.init` would try for minutes
             status = subprocess.run(command, check=False, capture_output=True, text=True, timeout=CLUSTER_S)
             problem = config.last_line(status.stderr) if status.returncode else ""
         except subprocess.TimeoutExpired:
@@ -73,43 +68,31 @@ def connect() -> None:
 def find_placements() -> list[Placement]:
     """Return the placements of all actors. Raises UserError if the cluster has no room for one."""
     threads = config.thread_limit("MLC_MAX_NUM_THREADS")
-    gpus: list[Placement] = []
-    cores: list[Placement] = []
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    for node in nodes:
-        available = int(node["Resources"].get("CPU", 0))
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    gpus: list[Placement] = [(node, None) for node, has in nodes.items() for _ in range(int(has.get("GPU", 0)))]
+    if gpus and config.use_gpu():
+        return gpus
+    placements: list[Placement] = []
+    for node, has in nodes.items():
+        available = int(has.get("CPU", 0))
         each = threads or max(available, 1)
-        cores += [(node["NodeID"], each)] * (available // each)
-        gpus += [(node["NodeID"], None)] * int(node["Resources"].get("GPU", 0))
-    placements = gpus if gpus and config.use_gpu() else cores
+        placements += [(node, each)] * (available // each)
     if not placements:
-        remedy = "start nodes with more cores, or set MLC_MAX_NUM_THREADS to fewer"
-        raise UserError(f"none of the Ray cluster's {len(nodes)} nodes has {threads or 1} cores for an actor; {remedy}")
+        raise UserError(f"no Ray node has {threads or 1} cores; add larger nodes, or lower MLC_MAX_NUM_THREADS")
     return placements
 
 
-def read_files(model: str) -> tuple[dict[str, np.ndarray], str]:
-    """Return the files of `model`, {name: uint8 array}, and its path in their folder. Raises UserError."""
-    try:
-        files = {os.path.basename(path): np.fromfile(path, np.uint8) for path in model_files(model)}
-    except OSError as error:
-        remedy = "`make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
-        raise UserError(f"{error.filename}: cannot read the model ({error.strerror}); {remedy}") from None
-    return files, os.curdir if os.path.isdir(model) else os.path.basename(model)
-
-
 class Actor:
-    """Hold a copy of a backend on a node."""
+    """Hold a copy of a backend on a node; set `variables` before the arguments of `load` import the framework."""
 
     def __init__(self, cores: int | None, variables: dict[str, str]) -> None:
-        """Set the environment, {name: value}, before the arguments of `load` import the framework."""
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray guesses it; a framework that has the whole machine knows better
         os.environ.update(variables)
         if cores and cores < (os.cpu_count() or 1):
             os.environ["MLC_MAX_NUM_THREADS"] = str(cores)
 
     def load(self, make_backend: Callable[[], Backend], files: dict[str, np.ndarray], model: str) -> Description:
-        """Make the backend with the model of `read_files`, and warm it up."""
+        """Make the backend with the model's files, {name: uint8 array}, and warm it up."""
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             for name, data in files.items():
                 data.tofile(name)
@@ -125,28 +108,31 @@ class Actor:
 
 
 class RayBackend(Backend):
-    """Run batches on the actors of a Ray cluster. A lost actor is replaced, and its batches run again."""
+    """Run batches on the actors of a Ray cluster; replace lost actors and run their batches again. Raises UserError."""
 
     def __init__(self, backend_name: str, backend_class: type[Backend], options: RunOptions) -> None:
-        """Start actors with the backend `backend_name` of backends.BACKENDS. Raises UserError."""
-        files, model = read_files(config.model_path(backend_name, options.dtype))
+        model = config.model_path(backend_name, options.dtype)
+        try:
+            files = {os.path.basename(path): np.fromfile(path, np.uint8) for path in model_files(model)}
+        except OSError as error:
+            remedy = "`make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
+            raise UserError(f"{error.filename}: cannot read the model ({error.strerror}); {remedy}") from None
+        path_on_node = os.curdir if os.path.isdir(model) else os.path.basename(model)
         prepared = backend_class.prepare(options)  # here, because the nodes have no data set
         make_backend = partial(backend_class, options, **prepared)  # type: ignore[call-arg] # see Backend
         connect()
-        self.load_arguments = make_backend, ray.put(files), model
+        self.load_arguments = make_backend, ray.put(files), path_on_node
         self.changed = threading.Condition()  # guards the attributes that follow
         self.batches: dict[ray.actor.ActorHandle, int] = {}  # how many each living actor has
         self.actor_placement: dict[ray.actor.ActorHandle, Placement] = {}
         self.starting = 0  # lost actors whose replacements start
         self.closed = False  # then no thread calls Ray, which may end a process that calls it after `ray.shutdown`
-
         placements = find_placements()
         descriptions = self.start(placements)
         if len(descriptions) > 1:
-            found = "; ".join(sorted(map(str, descriptions)))
-            raise UserError(f"the Ray cluster's nodes differ: {found}; give them the same packages and devices")
+            raise UserError(f"the Ray cluster's nodes differ: {descriptions}; give them the same packages and devices")
         ((name, self.vocab_size, self.batch_policy),) = descriptions
-        self.concurrency = BATCHES_PER_ACTOR * len(placements)
+        self.concurrency = 2 * len(placements)  # for each actor a batch that runs and one that is on its way
         nodes = {node for node, _ in placements}
         self.name = f"Ray {ray.__version__}, {len(placements)} actors on {len(nodes)} nodes: {name}"
 
@@ -170,8 +156,9 @@ class RayBackend(Backend):
             if late:
                 free = ray.available_resources()
                 units = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
-                problem = f"{len(late)} of {len(actors)} Ray actors did not start within {START_S} s"
-                raise UserError(f"{problem}; {units}: end other work on the cluster, or add nodes")
+                raise UserError(
+                    f"{len(late)} of {len(actors)} Ray actors did not start in {START_S} s; {units}: end other work"
+                )
             descriptions = set(ray.get(loaded))
         except RayTaskError as error:
             raise error.cause from None
@@ -200,7 +187,7 @@ class RayBackend(Backend):
                 raise error.cause from error
             except RayError as error:
                 reason = type(error).__name__
-                if tries == MAX_TRIES:
+                if tries == 3:
                     problem = f"a batch of {len(batch)} samples lost its Ray actor {tries} times, last by {reason}"
                     raise UserError(f"{problem}; the actors' logs are in Ray's folder on each node") from error
                 self.replace(actor, reason)

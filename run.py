@@ -22,7 +22,7 @@ from backends import BACKENDS, BATCH_TOKENS, DTYPES, RAY, REFUSED, RunOptions, l
 from config import SCENARIOS, UserError, log_progress
 from loadgen import QUICK_S, Outcome, announce, find_peak, loadgen_settings, prepare_log_folder, run_test
 
-VOCAB_PADDING = 128  # a model's embedding table may be padded to a multiple of 8 to 128, by fewer rows than these
+VOCAB_PADDING = 128  # an embedding table may be padded to a multiple of at most this
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
@@ -65,8 +65,8 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
     add("--quantized", action="store_true", help="the int8 model, as --dtype=int8")
     add("--reference", action="store_true", help="the baseline: fp32, batch size 1, padded to 384")
     tokens = (
-        f"limit of a batch in tokens (default: {BATCH_TOKENS}; Server: one sample if each core runs a batch, "
-        "otherwise what a third of the target latency allows)"
+        f"limit of a batch in tokens (default: {BATCH_TOKENS}; in Server, as many as take a third of the target "
+        "latency, or one sample if each core runs its own batch)"
     )
     add("--batch_tokens", type=count, metavar="N", help=tokens)
     add("--profile", action="store_true", help="write ONNX Runtime's profile")
@@ -155,7 +155,7 @@ def main() -> None:
     dataset, vocab_file = config.dataset_files()
     squad, features = load_features(dataset, vocab_file, max_examples=options.max_examples)
     qsl = SquadQSL(features)
-    # LoadGen trusts its settings: otherwise the logs of a run over fewer samples would name 10,833.
+    # LoadGen's logs show this setting, so it must not exceed the number of samples.
     settings.performance_sample_count_override = min(settings.performance_sample_count_override, len(qsl))
 
     log_progress(f"{len(qsl)} samples of {dataset}; loading the model")

@@ -1,8 +1,6 @@
 """Score answers to SQuAD v1.1: exact match and F1, to the last digit as the official script computes them.
 
-    python3 squad_eval.py DATASET PREDICTIONS.json     scores ready answers, {question id: answer}
-
-`answers_from_log` extracts such answers from LoadGen's accuracy log by the rules of Google BERT's run_squad.py.
+python3 squad_eval.py DATASET PREDICTIONS.json     scores ready answers, {question id: answer}
 """
 
 import json
@@ -22,9 +20,8 @@ N_BEST = 20  # start and end positions that are considered in each window (run_s
 MAX_ANSWER_LENGTH = 30  # tokens (run_squad.py, max_answer_length)
 MISSING_LOGIT = -10000.0  # the logit of a position that a response does not have
 DTYPES = ("float32", "float16", "float64", "int8", "int16", "int32", "int64")  # of a logged response
-
+Scores = dict[str, float]  # {"exact_match": X, "f1": Y}, in percent
 NORMALIZER, PRE_TOKENIZER = uncased()
-ARTICLE = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -62,20 +59,19 @@ def read_log(
             differ.add(row)
         responses[row] = data
     if differ:
-        text = f"{len(differ)} samples (first: sample {min(differ)}) have responses that differ"
-        config.notice(f"{path}: {text}; the last one counts")
-
+        config.notice(
+            f"{path}: {len(differ)} samples (first: {min(differ)}) have responses that differ; the last counts"
+        )
     rows = np.array(sorted(row for row in responses if max_examples is None or row < max_examples))
     if not len(rows):
         raise UserError(f"{path}: the log has none of the first {max_examples} features; give a higher --max_examples")
     logits = np.full((2, len(rows), MAX_SEQ_LENGTH), MISSING_LOGIT)
     pair = 2 * np.dtype(dtype).itemsize
     for place, row in enumerate(rows):
-        data = responses[row]
-        if not data or len(data) % pair or len(data) > pair * MAX_SEQ_LENGTH:
-            fault = f"{len(data)} bytes are not 1 to {MAX_SEQ_LENGTH} pairs of {dtype}"
-            raise UserError(f"{path}: sample {row}: {fault}; give the type of the run's responses with --output_dtype")
-        values = np.frombuffer(data, dtype)
+        size = len(responses[row])
+        if not size or size % pair or size > pair * MAX_SEQ_LENGTH:
+            raise UserError(f"{path}: sample {row}: {size} bytes are not 1 to 384 {dtype} pairs; see --output_dtype")
+        values = np.frombuffer(responses[row], dtype)
         if np.isnan(values).any():
             raise UserError(f"{path}: sample {row}: the response contains NaN; check the model and --output_dtype")
         logits[:, place, : len(values) // 2] = values.reshape(2, -1) if transposed else values.reshape(-1, 2).T
@@ -85,10 +81,9 @@ def read_log(
 def best_spans(logits: Logits, features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the best answer span of each row of `logits`: (score, first token, last token), each of shape (S,).
 
-    A span starts at one of the N_BEST highest start logits and ends at one of the N_BEST highest end logits, lies in
-    the passage, starts at a token that this window shows with the most context, and has at most MAX_ANSWER_LENGTH
-    tokens. Its score is the sum of the two logits, -inf if the row has no such span. Among equal scores the one with
-    the best rank of the start, then of the end, wins, as in run_squad.py.
+    As in run_squad.py, a span starts and ends at one of the N_BEST highest start and end logits, lies in the passage,
+    starts at a token that this window shows with the most context and has at most MAX_ANSWER_LENGTH tokens. Its score,
+    the sum of the logits, is -inf if a row has no such span. The best rank of the start, then of the end, wins a draw.
     """
     starts, ends = (np.argsort(-values, axis=1, kind="stable")[:, :N_BEST] for values in (logits.start, logits.end))
     each = np.arange(len(starts))
@@ -104,9 +99,8 @@ def best_spans(logits: Logits, features: Features) -> tuple[np.ndarray, np.ndarr
 def align(answer: str, passage: str) -> str:
     """Return the part of `passage` whose lower-cased, accent-stripped basic tokens read `answer`.
 
-    `passage` is the words that the answer's tokens come from, so this removes what surrounds the answer inside its
-    outer words: "(1871)." gives "1871". The result is all of `passage` if `answer` is not found in it or if basic
-    tokenization changes the number of characters (run_squad.py, get_final_text).
+    `passage` is the words that the answer's tokens come from: "(1871)." gives "1871". The result is all of `passage` if
+    that part is not found or basic tokenization changes the number of characters (run_squad.py, get_final_text).
     """
     tokens = " ".join(token for token, _ in PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(passage)))
     found = tokens.find(answer)
@@ -119,7 +113,7 @@ def align(answer: str, passage: str) -> str:
 
 
 def answers_from_log(squad: Squad, features: Features, vocab: dict[str, int], logits: Logits) -> dict[str, str]:
-    """Return {question id: answer} for each question with a row in `logits`, "" if its windows have no valid span."""
+    """Return {question id: answer} of the questions in `logits`, by run_squad.py's rules; "" without a valid span."""
     last = features.lengths[logits.rows] - 2  # the last token of the passage; [SEP] follows
     short = logits.rows[logits.start[np.arange(len(last)), last] == MISSING_LOGIT]
     if len(short):
@@ -129,10 +123,8 @@ def answers_from_log(squad: Squad, features: Features, vocab: dict[str, int], lo
     for place, question in enumerate(features.question[logits.rows].tolist()):
         if question not in best or scores[place] > scores[best[question]]:
             best[question] = place
-
     answers = {}
-    tokens = list(vocab)
-    words = [WORD.findall(passage) for passage in squad.passages]
+    tokens, words = list(vocab), [WORD.findall(passage) for passage in squad.passages]
     for number, place in best.items():
         question = squad.questions[number]
         answers[question.id] = ""
@@ -146,27 +138,21 @@ def answers_from_log(squad: Squad, features: Features, vocab: dict[str, int], lo
 
 def normalize(answer: str) -> str:
     """Return an answer as SQuAD compares it: lower case, no ASCII punctuation, no articles, single spaces."""
-    return " ".join(ARTICLE.sub(" ", answer.lower().translate(PUNCTUATION)).split())
-
-
-def f1(answer: str, accepted: str) -> float:
-    """Return the F1 of the words of two normalized answers, 0.0 to 1.0."""
-    given, right = answer.split(), accepted.split()
-    common = sum((Counter(given) & Counter(right)).values())
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(given), common / len(right)
-    return 2 * precision * recall / (precision + recall)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer.lower().translate(PUNCTUATION)).split())
 
 
 def score_question(question: Question, answer: str) -> tuple[bool, float]:
-    """Return (exact match, F1) of `answer` to `question`, each the best over the accepted answers."""
-    answer = normalize(answer)
-    accepted = [normalize(text) for text in question.answers]
-    return answer in accepted, max(f1(answer, text) for text in accepted)
+    """Return (exact match, F1 of the words, 0.0 to 1.0) of `answer`, each the best over the accepted answers."""
+    answer, accepted = normalize(answer), [normalize(text) for text in question.answers]
+    given, f1 = answer.split(), 0.0
+    for right in (text.split() for text in accepted):
+        if common := sum((Counter(given) & Counter(right)).values()):
+            precision, recall = common / len(given), common / len(right)
+            f1 = max(f1, 2 * precision * recall / (precision + recall))
+    return answer in accepted, f1
 
 
-def score(questions: Sequence[Question], answers: dict[str, str]) -> dict[str, float]:
+def score(questions: Sequence[Question], answers: dict[str, str]) -> Scores:
     """Return {"exact_match": X, "f1": Y} in percent over `questions`; one that is not in `answers` scores 0."""
     exact, total = 0, 0.0
     for question in questions:
@@ -177,9 +163,7 @@ def score(questions: Sequence[Question], answers: dict[str, str]) -> dict[str, f
     return {"exact_match": 100.0 * exact / len(questions), "f1": 100.0 * total / len(questions)}
 
 
-def score_log(
-    squad: Squad, features: Features, vocab: dict[str, int], logits: Logits
-) -> tuple[dict[str, float], dict[str, str]]:
+def score_log(squad: Squad, features: Features, vocab: dict[str, int], logits: Logits) -> tuple[Scores, dict[str, str]]:
     """Score the answers in `logits` over the questions that have a feature there. Returns (scores, answers)."""
     answers = answers_from_log(squad, features, vocab, logits)
     questions = [question for question in squad.questions if question.id in answers]

@@ -16,18 +16,13 @@ from squad_QSL import Batch
 
 INPUTS = ("input_ids:0", "input_mask:0", "segment_ids:0")  # int32 (batch, length)
 LOGITS = "logits:0"  # float32 (batch, length, 2)
-# Constants from this many bytes on become variables, because TensorFlow copies each constant about eight times when it
-# loads a graph: with constants, BERT-Large took 11.4 GB and 53 s to its first answer; with variables, 3.3 GB and 16 s
-# at the same speed.
+# Constants from this many bytes on become variables, because loading copies each constant about eight times: to its
+# first answer BERT-Large took 11.4 GB and 53 s with constants, 3.3 GB and 16 s with variables, at the same speed.
 LARGE = 2**16
 
 
 def constants_to_variables(definition: Any) -> tuple[dict[str, np.ndarray], dict[str, tf.Tensor]]:
-    """Remove the large constants of a GraphDef and add variables for them to the default graph.
-
-    Returns ({name: value}, {name: tensor that replaces the constant}). Running "NAME/assign" with the value as
-    "NAME/value:0" initializes a variable.
-    """
+    """Turn a graph's large constants into variables: ({name: value}, {name: tensor that replaces the constant})."""
     values, tensors = {}, {}
     for node in definition.node:
         if node.op == "Const" and node.attr["value"].ByteSize() >= LARGE:
@@ -66,13 +61,13 @@ class TensorFlowBackend(Backend):
         self.model_path = config.model_path("tf", options.dtype)
         gpu = config.use_gpu() and bool(tf.config.list_physical_devices("GPU"))
         intra = config.thread_limit("TF_INTRA_OP_PARALLELISM_THREADS")
-        inter = config.thread_limit("TF_INTER_OP_PARALLELISM_THREADS")
         threads = intra or config.thread_limit("MLC_MAX_NUM_THREADS") or 0  # 0: one per core
-        if options.one_batch_per_core and not gpu and not intra:
+        # Without AVX-512, TensorFlow's last bits depend on the threads per call: one number serves all scenarios then.
+        if options.one_batch_per_core and not gpu and not intra and "avx512f" in config.cpu_flags():
             self.concurrency, threads = config.threads(), 1
         settings = tf.compat.v1.ConfigProto(
             intra_op_parallelism_threads=threads,
-            inter_op_parallelism_threads=inter or self.concurrency,
+            inter_op_parallelism_threads=config.thread_limit("TF_INTER_OP_PARALLELISM_THREADS") or self.concurrency,
             device_count={} if gpu else {"GPU": 0},
         )
         graph, values = read_graph(self.model_path)

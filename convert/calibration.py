@@ -42,11 +42,7 @@ def input_ranges(model: str, batches: Iterable[Batch]) -> Ranges:
 
 
 def int8_ranges(model: str) -> Ranges:
-    """Return the `input_ranges` of `model` over the calibration samples, from build/cache if they are there.
-
-    The samples are those of CALIBRATION_FILE, one of MLPerf's two lists, or 100 at even steps if it does not exist. The
-    cache file is named after the content of the weights and of the samples. Raises UserError.
-    """
+    """Return the `input_ranges` of `model` over the calibration samples, cached in build/cache. Raises UserError."""
     squad, features = load_features(*config.dataset_files())
     calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
     if os.path.exists(calibration):
@@ -54,7 +50,7 @@ def int8_ranges(model: str) -> Ranges:
     else:
         rows = np.unique(np.linspace(0, len(features) - 1, 100).astype(int))
         config.notice(f"{calibration} is missing; calibrating with 100 samples at even steps, not with MLPerf's list")
-    digest = config.file_digest(model_files(model)[1])
+    digest = config.file_digest(model_files(model)[1])  # the cache is for these weights and these samples
     key = hashlib.sha256(digest.encode() + features.input_ids[rows].tobytes()).hexdigest()
     cache = os.path.join(config.CACHE_DIR, f"int8-{key[:16]}.npz")
     try:

@@ -2,8 +2,7 @@
 
     python3 -m convert.freeze_tf --tf_checkpoint model.ckpt-5474 --bert_config bert_config.json --out model.pb
 
-The graph has the inputs `input_ids:0`, `input_mask:0` and `segment_ids:0`, int32 (batch, length), both dynamic or with
---published fixed at the (1, 384) of MLPerf's file, and the output `logits:0`, float32 (batch, length, 2).
+Inputs: `input_ids:0`, `input_mask:0`, `segment_ids:0`, int32 (batch, length). Output: `logits:0`, float32, (…, 2).
 """
 
 import os
@@ -69,12 +68,11 @@ def main() -> None:
     parser.add_argument("--tf_checkpoint", default=config.TF_CHECKPOINT, help="without .index (default: %(default)s)")
     parser.add_argument("--bert_config", default=config.BERT_CONFIG, help="default: BERT-Large's")
     parser.add_argument("--out", default=config.TF_MODEL, help="default: %(default)s")
-    parser.add_argument("--published", action="store_true", help="inputs of the fixed shape (1, 384)")
+    parser.add_argument("--published", action="store_true", help="fix the inputs' shape at MLPerf's (1, 384)")
     args = parser.parse_args()
     bert_config = read_config(args.bert_config)
     weights = read_checkpoint(args.tf_checkpoint, bert_config)
-    shape = (1, MAX_SEQ_LENGTH) if args.published else (None, None)
-    write_graph(args.out, build_graph(bert_config, weights, shape))
+    write_graph(args.out, build_graph(bert_config, weights, (1, MAX_SEQ_LENGTH) if args.published else (None, None)))
     print(f"{args.out}: {len(weights)} weights, {os.path.getsize(args.out) >> 20} MiB")
 
 

@@ -2,12 +2,9 @@
 
     python3 -m convert.pytorch_to_onnx --model FOLDER_OR_FILE --onnx_out model.onnx
 
-Inputs: `input_ids`, `input_mask`, `segment_ids`, int64 (batch, length), both dynamic; --published fixes the length at
-the 384 of MLPerf's file. Outputs: `output_start_logits`, `output_end_logits`, float32 (batch, length).
-
-The graph has the form that ONNX Runtime runs fastest, in standard operators, so that other frameworks read it too: one
-product for queries, keys and values, and one operator each for LayerNormalization and Gelu. ONNX Runtime fuses biases
-and residuals into these when it loads the file; its own Attention operator was measured to be no faster.
+Inputs: `input_ids`, `input_mask`, `segment_ids`, int64 (batch, length). Outputs: `output_start_logits`,
+`output_end_logits`, float32 (batch, length). The operators are standard ones, which other frameworks read too, in the
+form that ONNX Runtime runs fastest: its own Attention operator was measured to be no faster.
 """
 
 import os
@@ -22,7 +19,6 @@ from bert_weights import read_weights
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 
-OPSET = 20  # the first with Gelu
 INPUTS = config.ONNX_INPUTS[0]
 OUTPUTS = ("output_start_logits", "output_end_logits")
 ONE_FILE_BYTES = 1_900_000_000  # protobuf's limit is 2 GiB; more weights go to a second file beside the first
@@ -53,8 +49,9 @@ def build_model(bert_config: dict[str, Any], weights: dict[str, np.ndarray], len
         return add("Add", add("MatMul", x, kernel), np.concatenate([weights[f"{name}.bias"] for name in names]))
 
     def norm(x: str, name: str) -> Any:
-        parameters = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return add("LayerNormalization", x, *parameters, axis=-1, epsilon=epsilon)
+        return add(
+            "LayerNormalization", x, weights[f"{name}.weight"], weights[f"{name}.bias"], axis=-1, epsilon=epsilon
+        )
 
     ids, mask, segments = INPUTS
     tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
@@ -78,12 +75,13 @@ def build_model(bert_config: dict[str, Any], weights: dict[str, np.ndarray], len
         x = norm(add("Add", linear(inner, f"{prefix}.output.dense"), x), f"{prefix}.output.LayerNorm")
     pair = add("Split", linear(x, "qa_outputs"), outputs=2, axis=-1, num_outputs=2)
     nodes += [helper.make_node("Squeeze", [x, constant([-1])], [name], name=name) for x, name in zip(pair, OUTPUTS)]
-
     shape = ["batch", length or "length"]
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in INPUTS]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in OUTPUTS]
     graph = helper.make_graph(nodes, "BERT", inputs, outputs, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    )  # 20 is the first with Gelu
 
 
 def write_model(path: str, model: onnx.ModelProto) -> None:
@@ -103,7 +101,7 @@ def main() -> None:
     parser = config.argument_parser(__doc__)
     parser.add_argument("--model", default=config.PYTORCH_MODEL, help="folder or state dict (default: %(default)s)")
     parser.add_argument("--onnx_out", default=config.ONNX_MODEL, help="default: %(default)s")
-    parser.add_argument("--published", action="store_true", help=f"inputs of the fixed length {MAX_SEQ_LENGTH}")
+    parser.add_argument("--published", action="store_true", help=f"fix the length at MLPerf's {MAX_SEQ_LENGTH}")
     args = parser.parse_args()
     bert_config, tensors = read_weights(args.model)
     weights = {name: tensor.numpy() for name, tensor in tensors.items()}

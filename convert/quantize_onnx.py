@@ -2,9 +2,8 @@
 
     python3 -m convert.quantize_onnx --onnx model.onnx --out int8.onnx --calibration bert_calibration_features.txt
 
-The encoder's products with a weight run in int8; embeddings, norms, softmax, the products within attention and the
-answer layer stay in fp32. A weight has one scale per column. An input has one scale for all tokens, from its largest
-values over the features of --calibration, one of MLPerf's two lists: feature indices or question ids, one per line.
+The encoder's products with a weight run in int8, everything else in fp32. A weight has one scale per column; an input
+has one for all tokens, from its largest values over the features of --calibration, one of MLPerf's two lists.
 """
 
 import tempfile
@@ -24,21 +23,19 @@ from onnxruntime_SUT import OnnxModel
 from squad_QSL import SquadQSL
 
 LIMIT = 127  # the largest int8; the smallest that is used is -127, because the quantization is symmetric
-OPSET = 13  # the first with a scale per column
 RENAMED = dict(zip(*config.ONNX_INPUTS))  # inputs of the fp32 file: those of the int8 file
 
 
 def read_model(path: str) -> tuple[onnx.ModelProto, dict[str, TensorProto], list[tuple[str, str]]]:
-    """Read an fp32 ONNX file: (model, {name: matrix}, [(input's name, matrix's name)] of its products)."""
+    """Read a model: (model, {name: matrix}, [a product's (input, matrix)]), without the answer layer's 2 columns."""
     try:
         model = onnx.load(path)
     except (OSError, DecodeError) as error:
         raise UserError(f"{path}: not an ONNX model ({config.first_line(error)}); `make convert` writes one") from None
     opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
-    if opset < OPSET:
-        raise UserError(f"{path}: opset {opset} is below {OPSET}, the first with a scale per column; convert it again")
+    if opset < 13:
+        raise UserError(f"{path}: opset {opset} is below 13, the first with a scale per column; convert it again")
     constants = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
-    # The weight of the answer layer has 2 columns.
     weights = {tensor.name: tensor for tensor in constants if len(tensor.dims) == 2 and tensor.dims[1] != 2}
     products = [tuple(node.input) for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
     if not products:
@@ -64,9 +61,8 @@ def max_magnitudes(path: str, names: list[str], qsl: SquadQSL, rows: Iterable[in
 def outlier_scales(maxima: np.ndarray) -> np.ndarray:
     """Return factors, float32 (channels,), that bring outlier channels down to the 99th percentile of `maxima`.
 
-    In a trained BERT a few channels are ten times as large as the others, which under one scale for all would have only
-    a few of the 255 values. Scaling the rows of the weight up leaves the product unchanged, as in SmoothQuant (Xiao et
-    al. 2022, arXiv:2211.10438), which scales all channels. If no channel is twice the percentile, all factors are 1.
+    Under one scale for all, a trained BERT's few channels of ten times the size leave the others few of the 255 values.
+    Unlike SmoothQuant (arXiv:2211.10438), this scales only outliers, and none if no channel is twice the percentile.
     """
     usual = np.sort(maxima)[-1 - len(maxima) // 100]
     if maxima.max() < 2 * usual:
@@ -88,31 +84,24 @@ def quantize(model: onnx.ModelProto, weights: dict[str, TensorProto], maxima: di
         nodes.append(helper.make_node(operator, inputs, [output], f"{output}_{operator}", **attributes))
         return output
 
-    def quantize_input(name: str, factors: np.ndarray) -> None:
-        limit = max((maxima[name] * factors).max(), 1e-6)
-        scale = [constant(f"{name}_scale", np.float32(limit / LIMIT)), constant(f"{name}_zero", np.int8(0))]
-        scaled = name
-        if factors.min() < 1:
-            scaled = add("Mul", [name, constant(f"{name}_factors", factors)], f"{name}_scaled")
-        int8 = add("QuantizeLinear", [scaled, *scale], f"{name}_int8")
-        add("DequantizeLinear", [int8, *scale], f"{name}_fake")
-
-    def quantize_weight(name: str, factors: np.ndarray) -> None:
-        weight = numpy_helper.to_array(weights[name]) / factors[:, None]
-        scale = (np.maximum(np.abs(weight).max(axis=0), 1e-12) / LIMIT).astype(np.float32)
-        inputs = [constant(f"{name}_int8", np.rint(weight / scale).astype(np.int8)), constant(f"{name}_scale", scale)]
-        inputs.append(constant(f"{name}_zero", np.zeros(len(scale), np.int8)))
-        add("DequantizeLinear", inputs, f"{name}_fake", axis=1)
-        graph.initializer.remove(weights[name])
-
     for value in graph.input:
         value.name = RENAMED.get(value.name, value.name)
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in weights:
-            factors = outlier_scales(maxima[node.input[0]])
-            for name, quantize_tensor in zip(node.input, (quantize_input, quantize_weight)):
-                if name not in quantized:
-                    quantize_tensor(name, factors)
+            x, w = node.input
+            factors = outlier_scales(maxima[x])
+            if x not in quantized:
+                limit = max((maxima[x] * factors).max(), 1e-6)
+                pair = [constant(f"{x}_scale", np.float32(limit / LIMIT)), constant(f"{x}_zero", np.int8(0))]
+                scaled = add("Mul", [x, constant(f"{x}_factors", factors)], f"{x}_scaled") if factors.min() < 1 else x
+                add("DequantizeLinear", [add("QuantizeLinear", [scaled, *pair], f"{x}_int8"), *pair], f"{x}_fake")
+            if w not in quantized:
+                weight = numpy_helper.to_array(weights[w]) / factors[:, None]
+                scale = (np.maximum(np.abs(weight).max(axis=0), 1e-12) / LIMIT).astype(np.float32)
+                int8 = constant(f"{w}_int8", np.rint(weight / scale).astype(np.int8))
+                parameters = [constant(f"{w}_scale", scale), constant(f"{w}_zero", np.zeros(len(scale), np.int8))]
+                add("DequantizeLinear", [int8, *parameters], f"{w}_fake", axis=1)
+                graph.initializer.remove(weights[w])
             quantized.update(node.input)
             node.input[:] = [f"{name}_fake" for name in node.input]
         node.input[:] = [RENAMED.get(name, name) for name in node.input]

@@ -1,7 +1,4 @@
-"""Read and write TensorFlow checkpoints of BERT, whose variables have Google's names.
-
-Everywhere else weights have Hugging Face's names and shapes; only this file knows both.
-"""
+"""Read and write TensorFlow checkpoints of BERT, which have Google's names and kernels of (inputs, outputs)."""
 
 import os
 import re
@@ -16,8 +13,7 @@ from config import UserError
 
 Weights = dict[str, np.ndarray]  # {Hugging Face's name: float32 array}
 
-# These replacements, in this order, turn a Hugging Face name into Google's.
-RENAMED = (
+RENAMED = (  # these replacements, in this order, turn a Hugging Face name into Google's
     (r"\.(\d+)\.", r"_\1."),
     (r"LayerNorm\.weight", "LayerNorm.gamma"),
     (r"LayerNorm\.bias", "LayerNorm.beta"),
@@ -27,8 +23,7 @@ RENAMED = (
     (r"\.weight$", ".kernel"),
     (r"\.", "/"),
 )
-# Variables that question answering does not use: the optimizer's, the pooler, the pretraining heads.
-UNUSED = re.compile(r".*/adam_[mv]$|global_step$|bert/pooler/|cls/predictions/|cls/seq_relationship/")
+UNUSED = re.compile(r".*/adam_[mv]$|global_step$|bert/pooler/|cls/predictions/|cls/seq_relationship/")  # in inference
 
 
 def variables(bert_config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -43,10 +38,7 @@ def variables(bert_config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ..
 
 
 def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
-    """Read the weights of the checkpoint `prefix`, a path without .index, and skip the variables in UNUSED.
-
-    Raises UserError if a file is missing or damaged, or a variable is missing, unknown, of another shape or not finite.
-    """
+    """Read the checkpoint `prefix`, a path without .index. Raises UserError if it is not a usable one of this BERT."""
     if not os.path.isfile(f"{prefix}.index"):
         raise UserError(f"{prefix}.index: no such file; give a path without .index, `make setup` fetches BERT-Large")
     expected = variables(bert_config)
@@ -55,9 +47,7 @@ def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
         found = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
         arrays = {name: reader.get_tensor(name).astype(np.float32) for name in expected if name in found}
     except Exception as error:  # TensorFlow has a type for each kind of damage
-        line = config.first_line(error)
-        raise UserError(f"{prefix}: damaged or not a TensorFlow checkpoint ({line}); fetch it again") from None
-
+        raise UserError(f"{prefix}: damaged or not a checkpoint ({config.first_line(error)}); fetch it again") from None
     skipped = [name for name in found if name not in expected and UNUSED.match(name)]
     used = {name: shape for name, shape in found.items() if name not in skipped}
     check_shapes(prefix, "the BERT configuration", used, {name: shape for name, (_, shape) in expected.items()})
@@ -65,21 +55,17 @@ def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
     if broken:
         raise UserError(f"{prefix}: {broken[0]} holds NaN or infinity ({len(broken)} variables do); fetch it again")
     config.log_progress(f"{prefix}: {len(arrays)} variables used, {len(skipped)} skipped")
-    return {expected[name][0]: _transposed(name, array) for name, array in arrays.items()}
+    return {expected[name][0]: array.T if name.endswith("/kernel") else array for name, array in arrays.items()}
 
 
 def write_checkpoint(prefix: str, bert_config: dict[str, Any], weights: Weights) -> None:
     """Write `weights` as the checkpoint `prefix`, with bert_config.json beside it. Raises UserError."""
     remedy = "give another path or free disk"
     config.write_json(os.path.join(os.path.dirname(prefix), "bert_config.json"), bert_config, remedy)
-    tensors = {google: _transposed(google, weights[name]) for google, (name, _) in variables(bert_config).items()}
+    arrays = {google_name: weights[name] for google_name, (name, _) in variables(bert_config).items()}
+    tensors = {name: array.T if name.endswith("/kernel") else array for name, array in arrays.items()}
     values, slices = list(tensors.values()), [""] * len(tensors)
     try:
         tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(tensors), shape_and_slices=slices, tensors=values)
     except tf.errors.OpError as error:
         raise UserError(f"{prefix}: cannot write the checkpoint ({config.first_line(error)}); {remedy}") from None
-
-
-def _transposed(google_name: str, array: np.ndarray) -> np.ndarray:
-    """Return the transpose of a kernel, which a checkpoint stores as (inputs, outputs), and other arrays unchanged."""
-    return array.T if google_name.endswith("/kernel") else array

@@ -67,7 +67,7 @@ def test_of_several_responses_the_last_counts_and_a_notice_says_if_they_differ(w
     changed = {**entries[1], "data": response((7, 8)).hex()}
     (tmp_path / "log.json").write_text(json.dumps([*entries, changed]))
     assert read_log(path, 8).start[:, 0].tolist() == [1, 7]
-    assert "1 samples (first: sample 5) have responses that differ; the last one counts" in caplog.text
+    assert "1 samples (first: 5) have responses that differ; the last counts" in caplog.text
 
 
 def test_max_examples_keeps_the_samples_below_it(write_log):
@@ -98,7 +98,7 @@ def entry(row, data):
         (entry("true", "00" * 8), "sample True is not one of 334;"),
         (entry(0, ""), "0 bytes"),
         (entry(0, "00" * 3), "3 bytes"),
-        (entry(0, "00" * 12), "12 bytes are not 1 to 384 pairs of float32"),
+        (entry(0, "00" * 12), "12 bytes are not 1 to 384 float32 pairs"),
         (entry(0, "00" * 8 * 385), "3080 bytes"),
         (entry(3, "0000C07F00000000"), "sample 3: the response contains NaN"),
     ],

@@ -235,7 +235,7 @@ def test_finished_runs_are_kept_and_unfinished_ones_are_made_again(folder, submi
                 ("Offline", "accuracy"),
                 ("Offline", "TEST01"),
             )
-            assert words == (["finished before, kept"] if kept else ["unfinished, removed", "running"])
+            assert words == (["finished before, kept"] if kept else ["unfinished, running again"])
 
 
 def test_other_settings_or_another_model_need_other_runs(folder, submit):

@@ -3,11 +3,10 @@
 python3 -m tools.benchmark --quick                                    PyTorch, BERT-Large, under three minutes
 python3 -m tools.benchmark --runs pytorch:fp32 pytorch:bf16 onnxruntime:fp32
 
-Each run, BACKEND:DTYPE, has its own process; its baseline is BACKEND:reference, the same backend's fp32 model with
-run.py's --reference. In every round each run answers the same samples, whose lengths are distributed as the data set's,
-so a ratio holds if the machine's speed drifts. Without ML_MODEL_FILE_WITH_PATH the model is a BERT-Large with random
-weights: speed does not depend on them. LoadGen is left out: with a backend that computes nothing it handles over a
-hundred thousand samples a second.
+Each run, BACKEND:DTYPE, has its own process; its baseline is BACKEND:reference, the backend's fp32 model in run.py
+--reference. In every round each run answers the same samples, of the data set's distribution of lengths, so a ratio
+holds if the machine's speed drifts. Without ML_MODEL_FILE_WITH_PATH the weights are random: speed does not depend on
+them. LoadGen is left out: with a backend that computes nothing it handles over 100,000 samples a second.
 """
 
 import argparse
@@ -31,7 +30,6 @@ import config
 from backends import BACKENDS, RunOptions, load_backend
 from batching import plan_batching
 from bert_weights import model_files, read_config
-from config import UserError, log_progress
 from create_squad_data import Features, Squad, load_features, read_vocab
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
@@ -51,19 +49,6 @@ def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarra
     return np.random.default_rng(0).permutation(np.argsort(lengths, kind="stable")[steps])
 
 
-def write_random_model(folder: str) -> None:
-    """Write a BERT-Large with random weights into `folder` in Hugging Face's form, unless it exists."""
-    if not os.path.exists(folder):
-        import torch
-        from transformers import BertConfig, BertForQuestionAnswering
-
-        log_progress(f"writing {folder}")
-        torch.manual_seed(0)
-        model = BertForQuestionAnswering(BertConfig.from_json_file(config.BERT_CONFIG))
-        model.save_pretrained(f"{folder}.part")
-        os.rename(f"{folder}.part", folder)
-
-
 def convert_model(backend: str, dtype: str, folder: str) -> str:
     """Return the model for `backend` in `dtype`, converted from the one in `folder` (Hugging Face's form)."""
     prefix = os.path.join(FOLDER, os.path.basename(os.path.normpath(folder)))
@@ -71,10 +56,10 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
     def convert(name: str, module: str, *args: str) -> str:
         path = f"{prefix}-{name}"
         if not os.path.exists(path):
-            log_progress(f"writing {path}")
+            config.log_progress(f"writing {path}")
             command = [sys.executable, "-m", f"convert.{module}", *args, path.removesuffix(".index")]
             if subprocess.run(command, env={**os.environ, "PYTHONPATH": config.ROOT}, check=False).returncode:
-                raise UserError(f"{path}: convert.{module} failed; `make venv BACKEND=convert` installs what it needs")
+                raise config.UserError(f"{path}: convert.{module} failed; run `make venv BACKEND=convert` first")
         return path
 
     if backend == "pytorch":
@@ -88,10 +73,7 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
 
 
 def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model: str) -> None:
-    """Load a backend as run.py does, then answer the arrays of samples that arrive (a process runs this).
-
-    An array is one query in Offline, a query for each sample in SingleStream. Sends a result, or a UserError.
-    """
+    """Load a backend as run.py does; answer each array of samples, one query in Offline, by results or a UserError."""
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
     reference = dtype == "reference"
     options = RunOptions(backend_name, scenario, dtype="fp32" if reference else dtype, reference=reference)
@@ -128,13 +110,14 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
     except EOFError:
         pass  # the parent has ended
     except Exception as error:  # noqa: BLE001 - the parent reports it
-        pipe.send(UserError(f"{backend_name}:{dtype}: {error}"))
+        pipe.send(config.UserError(f"{backend_name}:{dtype}: {error}"))
 
 
 class Run:
     """One BACKEND:DTYPE with a process for each scenario, and what was measured."""
 
     def __init__(self, name: str, folder: str) -> None:
+        config.log_progress(f"loading {name}")
         self.name = name
         self.backend, self.dtype = name.split(":")
         self.baseline = self.dtype == "reference"  # it answers one sample after another in any scenario
@@ -159,8 +142,8 @@ class Run:
             self.pipes[scenario].send(rows)
             result = self.pipes[scenario].recv()
         except (EOFError, ConnectionError):
-            raise UserError(f"{self.name}: its process died (out of memory?); give fewer --runs") from None
-        if isinstance(result, UserError):
+            raise config.UserError(f"{self.name}: its process died (out of memory?); give fewer --runs") from None
+        if isinstance(result, config.UserError):
             raise result
         seconds, logits, memory = result
         for row, array in logits.items():
@@ -168,13 +151,6 @@ class Run:
                 self.changed.add(row)
         self.memory = max(self.memory, memory)
         return list(seconds)
-
-    def measure(self, query: np.ndarray, single: np.ndarray) -> None:
-        """Run one round: the samples `single` in SingleStream and, unless this is a baseline, `query` in Offline."""
-        seconds = self.answer("SingleStream", single)
-        self.latencies.append([1e3 * second for second in seconds])
-        offline = None if self.baseline else self.answer("Offline", query)
-        self.rates.append(len(query) / sum(offline) if offline else len(single) / sum(seconds))
 
 
 def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
@@ -185,15 +161,14 @@ def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
     return bert_config["num_hidden_layers"] * layer
 
 
-def measure_peak() -> dict[str, float]:
-    """Return the peak GEMM throughput in operations/s of each dtype that the processor has instructions for."""
+def measure_peak(peak: dict[str, float]) -> None:
+    """Raise `peak` to the GEMM throughput in operations/s of each dtype that the processor has instructions for."""
     import torch
 
     from packed_bert import Int8Linear, Linear, PrepackedLinear
     from pytorch_SUT import cpu_runs
 
     rows, inputs, outputs = 2048, 1024, 4096
-    peak: dict[str, float] = {}
     with torch.inference_mode():
         x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
         layers: list[tuple[str, Any, torch.Tensor]] = []
@@ -209,7 +184,6 @@ def measure_peak() -> dict[str, float]:
                 layer(matrix)
                 rate = 2 * rows * inputs * outputs / (time.perf_counter() - begin)
                 peak[name] = max(peak.get(name, 0), rate)
-    return peak
 
 
 def f1_score(squad: Squad, features: Features, vocab: dict[str, int], logits: dict[int, np.ndarray]) -> float:
@@ -268,41 +242,45 @@ def main() -> None:
     squad, features = load_features(dataset, vocab_file)
     given = os.environ.get("ML_MODEL_FILE_WITH_PATH")
     folder = given or os.path.join(FOLDER, "bert-large-random")
-    if not given:
-        write_random_model(folder)
-        if not os.environ.get("CALIBRATION_FILE"):  # random weights need no calibration on a hundred samples
-            os.environ["CALIBRATION_FILE"] = os.path.join(FOLDER, "calibration.txt")
-            with config.atomic_write(os.environ["CALIBRATION_FILE"], REMEDY) as file:
-                file.write(b"0\n1\n2\n3\n")
+    if not given and not os.path.exists(folder):
+        import torch
+        from transformers import BertConfig, BertForQuestionAnswering
+
+        config.log_progress(f"writing {folder}")
+        torch.manual_seed(0)
+        model = BertForQuestionAnswering(BertConfig.from_json_file(config.BERT_CONFIG))
+        model.save_pretrained(f"{folder}.part")
+        os.rename(f"{folder}.part", folder)
+    if not given and not os.environ.get("CALIBRATION_FILE"):  # random weights need no calibration on a hundred samples
+        os.environ["CALIBRATION_FILE"] = os.path.join(FOLDER, "calibration.txt")
+        with config.atomic_write(os.environ["CALIBRATION_FILE"], REMEDY) as file:
+            file.write(b"0\n1\n2\n3\n")
     bert_config = read_config(model_files(folder)[0])
     rows = spread_samples(features.lengths, min(args.samples, len(features)))
     # a real query of Offline has dozens of samples of each length
     query = spread_samples(features.lengths, min(3 * args.samples, len(features)), group=4)
     few = rows[: max(2, len(rows) // 4)]  # for the baseline, which takes the same time for each sample
-
     backends = dict.fromkeys(run.partition(":")[0] for run in args.runs)
-    runs = []
-    for name in [*(f"{backend}:reference" for backend in backends), *args.runs]:
-        log_progress(f"loading {name}")
-        runs.append(Run(name, folder))
-    peaks = []
+    runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *args.runs]]
+    peak: dict[str, float] = {}
     for number in range(args.rounds):
-        log_progress(f"round {number + 1} of {args.rounds}")
+        config.log_progress(f"round {number + 1} of {args.rounds}")
         for run in runs:
-            run.measure(query, few if run.baseline else rows)
-        peaks.append(measure_peak())
-    peak = {dtype: max(one[dtype] for one in peaks) for dtype in peaks[0]}
+            seconds = run.answer("SingleStream", few if run.baseline else rows)
+            run.latencies.append([1e3 * second for second in seconds])
+            offline = seconds if run.baseline else run.answer("Offline", query)
+            run.rates.append(len(few if run.baseline else query) / sum(offline))
+        measure_peak(peak)
 
     baselines = {run.backend: run for run in runs if run.baseline}
     operations = flops(bert_config, features.lengths[query]) / len(query)
-    vocab = read_vocab(vocab_file)
     table = []
     for run in runs:
         if run.changed:
             samples = f"{len(run.changed)} of {len(run.logits)} samples, such as {min(run.changed)},"
             config.notice(f"{run.name}: {samples} have other logits in Offline than in SingleStream")
         scored = given and len(run.logits) >= len(rows)
-        f1 = f"{f1_score(squad, features, vocab, run.logits):.2f}" if scored else ""
+        f1 = f"{f1_score(squad, features, read_vocab(vocab_file), run.logits):.2f}" if scored else ""
         table.append(table_row(run, baselines[run.backend], operations, peak, f1))
     text = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
     tokens = features.lengths[query].mean()
@@ -312,8 +290,8 @@ def main() -> None:
     with config.atomic_write(os.path.join(FOLDER, "table.md"), REMEDY) as file:
         file.write(f"{text}\n\n{note}\n".encode())
     rates, latencies = {run.name: run.rates for run in runs}, {run.name: run.latencies for run in runs}
-    document = {"note": note, "rows": table, "rates": rates, "latencies_ms": latencies}
-    config.write_json(os.path.join(FOLDER, "table.json"), document, REMEDY)
+    result = {"note": note, "rows": table, "rates": rates, "latencies_ms": latencies}
+    config.write_json(os.path.join(FOLDER, "table.json"), result, REMEDY)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ python3 -m tools.download --backend=pytorch    for this backend
 interrupted download (NAME.part). MODEL_MIRROR may name a folder, or the http(s) address of one, that has the files.
 """
 
-import contextlib
 import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import requests
 import urllib3
@@ -29,10 +27,8 @@ SQUAD = "https://raw.githubusercontent.com/rajpurkar/SQuAD-explorer/master/datas
 CALIBRATION = "https://raw.githubusercontent.com/mlcommons/inference/master/calibration/SQuAD-v1.1"
 ZENODO = "https://zenodo.org/record"
 CHECKPOINT = f"{ZENODO}/3733868/files"
-
 TRIES = 5  # in succession that receive no byte
 WAIT_S = 1  # before the second try, then twice as long each time
-TIMEOUT_S = 5, 30  # to connect, and between two bytes
 BUSY = (429, 500, 502, 503, 504)  # HTTP statuses after which a request is repeated
 MIRROR = "set MODEL_MIRROR to a folder or an address that has the files"
 
@@ -81,7 +77,7 @@ def get(url: str, span: str) -> requests.Response:
         session.mount(scheme, HTTPAdapter(max_retries=retry))
     # "identity", because sizes and ranges would otherwise count compressed bytes
     headers = {"Range": f"bytes={span}", "Accept-Encoding": "identity"}
-    return session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
+    return session.get(url, headers=headers, stream=True, timeout=(5, 30))  # s to connect, s between bytes
 
 
 def source_size(source: str) -> int | None:
@@ -100,25 +96,20 @@ def source_size(source: str) -> int | None:
         raise UserError(f"{source}: cannot be downloaded ({reason(error)}); try later, or {MIRROR}") from None
 
 
-def receive(url: str, part: str, bar: "tqdm[Any]") -> None:
-    """Append to `part` what it lacks of `url`. Raises requests.RequestException or urllib3's HTTPError."""
-    with open(part, "ab") as file, get(url, f"{file.tell()}-") as response:
-        if response.status_code in (200, 416):  # the server cannot resume, or `part` is of another file
-            file.truncate(0)
-        response.raise_for_status()
-        bar.n = file.seek(0, os.SEEK_END)
-        for data in response.raw.stream(1 << 20, decode_content=False):
-            file.write(data)
-            bar.update(len(data))
-
-
 def download(url: str, part: str, total: int | None) -> None:
     """Complete the file `part`, which holds the first bytes of `url` or is missing. Raises UserError."""
     name, failures, received = os.path.basename(url), 0, size(part)
     with tqdm(desc=name, total=total, initial=received, unit="B", unit_scale=True, disable=None) as bar:
         while total is None or size(part) < total:
             try:
-                receive(url, part, bar)
+                with open(part, "ab") as file, get(url, f"{file.tell()}-") as response:
+                    if response.status_code in (200, 416):  # the server cannot resume, or `part` is of another file
+                        file.truncate(0)
+                    response.raise_for_status()
+                    bar.n = file.seek(0, os.SEEK_END)
+                    for data in response.raw.stream(1 << 20, decode_content=False):
+                        file.write(data)
+                        bar.update(len(data))
                 break
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 failures = 1 if size(part) > received else failures + 1
@@ -146,19 +137,6 @@ def fetch(file: File, source: str, total: int | None) -> None:
     if os.path.exists(file.path):
         os.replace(file.path, f"{file.path}.old")
     return os.replace(part, file.path)
-
-
-@contextlib.contextmanager
-def folder_lock(folder: str) -> Iterator[None]:
-    """Hold the folder's lock, so that a second download into it waits for the first."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log_progress(f"waiting for another download into {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def fetch_missing(files: list[File], mirror: str, folder: str) -> None:
@@ -189,7 +167,13 @@ def main() -> None:
     backend = parser.parse_args().backend
     folder, mirror = os.path.dirname(config.DATASET), os.environ.get("MODEL_MIRROR", "")
     try:
-        with folder_lock(folder):
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, ".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log_progress(f"waiting for another download into {folder}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
             fetch_missing([file for file in FILES if backend in (None, *file.backends)], mirror, folder)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}; free space or correct permissions") from None

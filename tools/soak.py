@@ -3,8 +3,8 @@
 python3 -m tools.soak --target_qps 14 --backend=pytorch
 python3 -m tools.soak --target_qps 10 --backend=ray --kill    kills one of Ray's actors halfway
 
-Further flags go to run.py. LoadGen ends a run only after every query is answered, so a lost query is a run that does
-not end. The exit status is 1 if a query is lost, if the result is not VALID, or if the memory grows by 2 % or more.
+Further flags go to run.py. LoadGen waits for every answer, so a run with a lost query does not end. The exit status is
+1 if a query is lost, if the result is not VALID, or if the memory grows by 2 % or more after the first minute.
 """
 
 import contextlib
@@ -17,11 +17,7 @@ import time
 from pathlib import Path
 
 import config
-from config import UserError
 from loadgen_logs import DETAIL_LOG, read_detail_log
-
-MAX_GROWTH = 0.02  # of the memory after the first minute
-LATE_S = 120  # a run that lasts this much longer than its minutes has lost a query
 
 
 def family(pid: int) -> list[int]:
@@ -33,29 +29,12 @@ def family(pid: int) -> list[int]:
     return [pid, *(member for child in " ".join(texts).split() for member in family(int(child)))]
 
 
-def memory(pid: int) -> int:
-    """Return the bytes of memory that a process and its descendants use, 0 if it has ended."""
-    pages = 0
-    for member in family(pid):
-        with contextlib.suppress(OSError, IndexError):
-            pages += int(Path(f"/proc/{member}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def kill_actor(pid: int) -> None:
-    """Kill one of Ray's actors among the descendants of a process."""
-    actor = next(one for one in family(pid) if Path(f"/proc/{one}/cmdline").read_bytes().startswith(b"ray::Actor"))
-    os.kill(actor, signal.SIGKILL)
-    print(f"killed the actor {actor}", flush=True)
-
-
 def main() -> int:
     """Run the Server scenario, print its memory every minute and return the exit status."""
     parser = config.argument_parser(__doc__)
-    add = parser.add_argument
-    add("--minutes", type=float, default=10, help="duration of the run (default: %(default)s)")
-    add("--target_qps", type=float, required=True, help="samples/s, such as 80 %% of what --find_peak finds")
-    add("--kill", action="store_true", help="with --backend=ray: kill an actor halfway")
+    parser.add_argument("--minutes", type=float, default=10, help="duration of the run (default: %(default)s)")
+    parser.add_argument("--target_qps", type=float, required=True, help="samples/s, such as 80 %% of --find_peak's")
+    parser.add_argument("--kill", action="store_true", help="with --backend=ray: kill an actor halfway")
     args, run_flags = parser.parse_known_args()
     seconds, used = 60 * args.minutes, []
     with tempfile.TemporaryDirectory() as folder:
@@ -68,23 +47,30 @@ def main() -> int:
         start = time.monotonic()
         while process.poll() is None:
             if args.kill and time.monotonic() > start + seconds / 2:
-                kill_actor(process.pid)
+                names = ((member, Path(f"/proc/{member}/cmdline").read_bytes()) for member in family(process.pid))
+                actor = next(member for member, name in names if name.startswith(b"ray::Actor"))
+                os.kill(actor, signal.SIGKILL)
+                print(f"killed the actor {actor}", flush=True)
                 args.kill = False
             time.sleep(min(60, seconds / 10))
-            if time.monotonic() > start + seconds + LATE_S:
+            if time.monotonic() > start + seconds + 120:
                 process.kill()
-                raise UserError("a query was lost: the run does not end")
-            if size := memory(process.pid):
-                used.append(size)
-                print(f"{size / 1e6:.1f} MB", flush=True)
+                raise config.UserError("a query was lost: the run does not end")
+            pages = 0
+            for member in family(process.pid):
+                with contextlib.suppress(OSError, IndexError):  # it has ended
+                    pages += int(Path(f"/proc/{member}/statm").read_text().split()[1])
+            if pages:
+                used.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+                print(f"{used[-1]:.1f} MB", flush=True)
         if process.returncode:
             return process.returncode
         log = read_detail_log(folder)
     verdict, rate, queries = (log[f"result_{key}"] for key in ("validity", "completed_samples_per_sec", "query_count"))
     growth = used[-1] / used[0] - 1
-    memories = f"memory {used[0] / 1e6:.1f} MB after a minute, {100 * growth:+.2f} % at the end"
+    memories = f"memory {used[0]:.1f} MB after a minute, {100 * growth:+.2f} % at the end"
     print(f"{verdict}, {rate:.4g} samples/s, {queries} queries, all answered, {memories}")
-    return int(verdict != "VALID" or growth >= MAX_GROWTH)
+    return int(verdict != "VALID" or growth >= 0.02)
 
 
 if __name__ == "__main__":

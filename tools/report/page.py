@@ -14,10 +14,10 @@ from tools.report.plots import STYLE, draw_comparison, draw_run, number
 from tools.report.read import OFFICIAL_MS, Answer, Form, Paths, Run, read_run, run_names
 
 MAX_ANSWERS = 20  # of the worst answers that the page shows
+# fmt: off
 # Settings and counts of a performance run: (label, key in LoadGen's detail log, divisor, unit).
 SETTINGS = (
-    ("queries", "result_query_count", 1, ""),
-    ("samples per query", "effective_samples_per_query", 1, ""),
+    ("queries", "result_query_count", 1, ""), ("samples per query", "effective_samples_per_query", 1, ""),
     ("minimum duration", "effective_min_duration_ms", 1e3, " s"),
     ("minimum query count", "effective_min_query_count", 1, ""),
     ("target_qps", "effective_target_qps", 1, " samples/s"),
@@ -25,7 +25,6 @@ SETTINGS = (
     ("queries over the target latency", "result_overlatency_query_count", 1, ""),
 )
 # record.json's keys and their labels.
-# fmt: off
 SYSTEM = {
     "backend": "backend", "dtype": "dtype", "batch_tokens": "batch size (tokens)", "workers": "concurrency",
     "model": "model", "model_md5": "model MD5", "dataset": "data set", "vocab": "vocabulary", "processor": "processor",
@@ -89,7 +88,6 @@ def write_report(folders: list[str], out: str, given: Paths = (None, None), form
     path = os.path.join(out, "report.html")
     with config.atomic_write(path, "name another folder with --out") as file, rc_context(STYLE):
         charts = [list(draw_run(run, out, f"{place}-" if len(runs) > 1 else "")) for place, run in enumerate(runs, 1)]
-        comparison = list(draw_comparison(runs, out))
-        content = {"runs": runs, "charts": charts, "comparison": comparison, "written": timestamp()}
-        environment.get_template("template.html").stream(content).dump(file, "utf-8")
+        content = {"runs": runs, "charts": charts, "comparison": list(draw_comparison(runs, out))}
+        environment.get_template("template.html").stream(content, written=timestamp()).dump(file, "utf-8")
     return path

@@ -31,7 +31,6 @@ STYLE = {
 SERIES = [COLORS[f"s{number}"] for number in range(1, 7)]
 LIMIT: dict[str, Any] = {"color": COLORS["limit"], "linewidth": 1.4}
 DOTS = "#6d8fbb"  # readable on white and on black, because dots are an image and keep their color
-DASHES = ("-", "--", "-.", ":")
 
 
 class Chart(NamedTuple):
@@ -134,16 +133,14 @@ def draw_run(run: Run, out: str, prefix: str) -> Iterator[Chart]:
     summary = f"{len(latency):,} {unit}: {within}p50 {p50} ms, p90 {p90} ms, p99 {p99} ms."
 
     axes = new_axes("Latency distribution", "latency (ms)", unit)
-    longest = max(np.percentile(latency, 99.9), limit * 1.05)
-    axes.hist(latency, bins=50, color=SERIES[0], range=(0, longest))
+    axes.hist(latency, bins=50, color=SERIES[0], range=(0, max(np.percentile(latency, 99.9), limit * 1.05)))
     mark_target(run, limit, axes.axvline)
     yield save_chart(axes, out, f"{prefix}histogram", summary)
 
     axes = new_axes("Latency by percentile", "percentile", "latency (ms)")
     plot_percentiles(axes, latency, color=SERIES[0])
     mark_target(run, limit, axes.axhline)
-    caption = f"The horizontal axis is stretched towards the slowest {unit}."
-    yield save_chart(axes, out, f"{prefix}percentiles", caption, summary)
+    yield save_chart(axes, out, f"{prefix}percentiles", f"The axis is stretched towards the slowest {unit}.", summary)
 
     if run.scenario == "Offline":
         axes = new_axes("Samples answered over time", "time (s)", "samples")
@@ -186,7 +183,7 @@ def draw_comparison(runs: list[Run], out: str) -> Iterator[Chart]:
             continue
         percentiles = new_axes(f"{scenario}: latency by percentile", "percentile", "latency (ms)")
         throughput = new_axes(f"{scenario}: throughput over time", "time (s)", "throughput (samples/s)")
-        for (name, samples), color, dash in zip(same, cycle(SERIES), cycle(DASHES)):
+        for (name, samples), color, dash in zip(same, cycle(SERIES), cycle(("-", "--", "-.", ":"))):
             style: dict[str, Any] = {"color": color, "linestyle": dash, "label": name}
             plot_percentiles(percentiles, samples.timings(scenario)[1], **style)
             throughput.plot(*throughput_curve(samples), **style)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import config
-from config import UserError
 from create_squad_data import Question, load_features, read_vocab
 from loadgen_logs import ACCURACY_LOG, METRICS, TRACE_LOG, read_entries, read_record
 from squad_eval import read_log, score_log, score_question
@@ -36,8 +35,7 @@ class Samples:
         if scenario == "Offline":
             return self.start, self.latency * 1e3
         first = np.flatnonzero(np.diff(self.query, prepend=-1))
-        # A query is answered when its last sample is.
-        return self.start[first], np.maximum.reduceat(self.latency, first) * 1e3
+        return self.start[first], np.maximum.reduceat(self.latency, first) * 1e3  # until its last sample is answered
 
 
 class Answer(NamedTuple):
@@ -73,19 +71,10 @@ def read_trace(folder: str) -> Samples | None:
     path = os.path.join(folder, TRACE_LOG)
     trace = config.read_text(path, "LoadGen's trace", "remove it to continue without") if os.path.exists(path) else ""
     values = (float(value) for match in SAMPLE.finditer(trace) for value in match.groups())
-    rows = np.fromiter(values, float).reshape(-1, 4)
-    if not len(rows):
+    if not len(rows := np.fromiter(values, float).reshape(-1, 4)):
         return None
     start, query, index, latency = rows[np.lexsort((rows[:, 1], rows[:, 0]))].T
     return Samples((start - start[0]) / 1e6, latency / 1e9, query.astype(int), index.astype(int))
-
-
-def read_problems(entries: list[dict[str, Any]]) -> list[str]:
-    """Return the errors and warnings in LoadGen's detail log, each once."""
-    kinds = ("error", "warning")
-    lines = [(entry["value"], entry.get("metadata", {})) for entry in entries]
-    problems = [f"LoadGen's {kind}: {text}" for text, flags in lines for kind in kinds if flags.get(f"is_{kind}")]
-    return list(dict.fromkeys(problems))
 
 
 def use_data_set(run: Run, given: Paths, form: Form) -> None:
@@ -106,7 +95,7 @@ def use_data_set(run: Run, given: Paths, form: Form) -> None:
     elif run.samples:
         if (last := run.samples.index.max()) >= total:
             fault = f"makes {total} samples, but {run.folder} has number {last}"
-            raise UserError(f"{dataset}: {fault}; give the run's data set with --val_data")
+            raise config.UserError(f"{dataset}: {fault}; give the run's data set with --val_data")
         run.lengths = features.lengths[run.samples.index]
     else:
         logits = read_log(os.path.join(run.folder, ACCURACY_LOG), total, *form)
@@ -122,8 +111,9 @@ def read_run(folder: str, name: str, given: Paths, form: Form) -> Run:
     log = {entry["key"]: entry["value"] for entry in entries}
     scenario, mode = log.get("effective_scenario"), log.get("effective_test_mode")
     if scenario not in METRICS or mode not in ("PerformanceOnly", "AccuracyOnly"):
-        fault = f"LoadGen's log has the scenario {scenario} and the mode {mode}"
-        raise UserError(f"{folder}: {fault}; give the log folder of a performance or accuracy run")
+        raise config.UserError(
+            f"{folder}: scenario {scenario}, mode {mode}; give logs of a performance or accuracy run"
+        )
     accuracy, path = mode == "AccuracyOnly", os.path.join(folder, ACCURACY_LOG)
     status = log.get("result_validity", "INCOMPLETE")
     if accuracy:  # a finished log is a JSON list
@@ -132,7 +122,10 @@ def read_run(folder: str, name: str, given: Paths, form: Form) -> Run:
     elif status != "INCOMPLETE" and log.get("effective_min_duration_ms", 0) < OFFICIAL_MS:
         status = "TRIAL"
     samples = None if accuracy else read_trace(folder)
-    run = Run(folder, name, scenario, accuracy, status, log, read_problems(entries), read_record(folder), samples)
+    kinds, lines = ("error", "warning"), [(entry["value"], entry.get("metadata", {})) for entry in entries]
+    problems = [f"LoadGen's {kind}: {text}" for text, flags in lines for kind in kinds if flags.get(f"is_{kind}")]
+    notes = list(dict.fromkeys(problems))  # each once
+    run = Run(folder, name, scenario, accuracy, status, log, notes, read_record(folder), samples)
     if not run.record:
         run.notes.append("This folder has no record.json, so the system, the model and the versions are not known.")
     if not accuracy and not samples:
@@ -149,4 +142,4 @@ def run_names(folders: list[str]) -> list[str]:
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"{', '.join(folders)}: a log folder is duplicated; give each folder once")
+    raise config.UserError(f"{', '.join(folders)}: a log folder is duplicated; give each folder once")

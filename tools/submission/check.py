@@ -26,19 +26,19 @@ def check(root: str) -> list[str]:
     if not os.path.isdir(root):
         return [f"{root}: no such folder"]
     checker = Checker()
-    checker.check_files(root)
+    for path in sorted(Path(root).rglob("*")):
+        if " " in path.name:
+            checker.report(path, "has a space in its name")
+        if path.name == ".git":
+            checker.report(path, "is a git folder")
+        if path.is_symlink():
+            checker.report(path, "is a symbolic link")
+        elif path.stat().st_size > RULES["file_bytes"]:
+            checker.report(path, f"is larger than {RULES['file_bytes']} bytes")
     for division in checker.folders(root, "division", RULES["divisions"]):
         for submitter in checker.folders(os.path.join(root, division), "submitter"):
             checker.check_submitter(os.path.join(root, division, submitter), division, submitter)
     return checker.faults
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in `text`. Raises ValueError for anything else."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
 
 
 class Checker:
@@ -55,8 +55,10 @@ class Checker:
         """Return what `parse` makes of a file's text; report a missing, empty or unreadable file and return None."""
         try:
             if text := Path(path).read_text(encoding="utf-8"):
-                return parse(text)
-            self.report(path, "is empty")
+                value = parse(text)
+                if parse is not json.loads or isinstance(value, dict):
+                    return value
+            self.report(path, "is not a JSON object" if text else "is empty")
         except FileNotFoundError:
             self.report(path, "is missing")
         except (UserError, OSError, ValueError) as error:
@@ -72,18 +74,6 @@ class Checker:
         for name in wrong:
             self.report(os.path.join(path, name), f"is not a {what} ({', '.join(allowed)})")
         return [name for name in names if name not in wrong]
-
-    def check_files(self, root: str) -> None:
-        """Check the name, type and size of every file and folder."""
-        for path in sorted(Path(root).rglob("*")):
-            if " " in path.name:
-                self.report(path, "has a space in its name")
-            if path.name == ".git":
-                self.report(path, "is a git folder")
-            if path.is_symlink():
-                self.report(path, "is a symbolic link")
-            elif path.stat().st_size > RULES["file_bytes"]:
-                self.report(path, f"is larger than {RULES['file_bytes']} bytes")
 
     def check_submitter(self, path: str, division: str, submitter: str) -> None:
         """Check the folder of a submitter."""
@@ -102,8 +92,7 @@ class Checker:
 
     def check_system(self, path: str, division: str, submitter: str) -> None:
         """Check the description of a system."""
-        fields = self.read(path, parse_object)
-        if fields is None:
+        if (fields := self.read(path, json.loads)) is None:
             return
         if missing := [name for name in FIELDS["required"] + FIELDS["optional"] if name not in fields]:
             self.report(path, f"lacks {', '.join(missing)}")
@@ -117,13 +106,11 @@ class Checker:
         """Check the results of one scenario, in the folder `path`; `submitter` is the submitter's folder."""
         for name in ("user.conf", "README.md", *(f"{folder}/{SUMMARY_LOG}" for folder in LOG_FOLDERS.values())):
             self.read(f"{path}/{name}")
-        fields = self.read(f"{path}/measurements.json", parse_object)
-        if fields is not None:
+        if (fields := self.read(f"{path}/measurements.json", json.loads)) is not None:
             if empty := [name for name in FIELDS["measurements"] if not fields.get(name)]:
                 self.report(f"{path}/measurements.json", f"lacks {', '.join(empty)}")
             if fields.get("weight_data_types", "fp32") not in RULES["float_weights"]:
                 self.read(f"{submitter}/documentation/calibration.md")
-
         logs = {kind: self.check_log(path, kind, division, scenario) for kind in LOG_FOLDERS}
         f1, target = self.check_accuracy(f"{path}/accuracy"), RULES["f1_target"][benchmark]
         if f1 is not None and division != "open" and f1 < target:
@@ -133,8 +120,7 @@ class Checker:
     def check_log(self, folder: str, kind: str, division: str, scenario: str) -> dict[str, Any] | None:
         """Check a detail log in a scenario's folder and return it as {key: value}; `kind` is a key of LOG_FOLDERS."""
         path = f"{folder}/{LOG_FOLDERS[kind]}/{DETAIL_LOG}"
-        entries = self.read(path, lambda _: read_entries(os.path.dirname(path)))
-        if entries is None:
+        if (entries := self.read(path, lambda _: read_entries(os.path.dirname(path)))) is None:
             return None
         log = {entry["key"]: entry["value"] for entry in entries}
         mode = "accuracy" if kind == "accuracy" else "performance"
@@ -169,8 +155,7 @@ class Checker:
 
     def check_score(self, path: str, hashed: bool = False) -> float | None:
         """Check a file such as accuracy.txt, which has the accuracy log's hash if `hashed`, and return its F1."""
-        text = self.read(path)
-        if text is None:
+        if (text := self.read(path)) is None:
             return None
         if hashed and not re.search("^hash=[0-9a-f]{64}$", text, re.MULTILINE):
             self.report(path, "has no line hash=, the sha256 of the complete accuracy log")
@@ -193,12 +178,12 @@ class Checker:
         verdict = self.read(f"{path}/verify_performance.txt")
         if logs["performance"] is None or logs["TEST01"] is None:
             return
-        _, submitted, unit = primary_metric(scenario, logs["performance"])
+        _, value, unit = primary_metric(scenario, logs["performance"])
         _, test, _ = primary_metric(scenario, logs["TEST01"])
-        if submitted is None or test is None:
+        if value is None or test is None:
             self.report(path, f"its detail log or that of performance/run_1 has no {METRICS[scenario].keys[0]}")
-        elif abs(test - submitted) > TOLERANCE * submitted:
-            limit = f"{TOLERANCE:.0%} of the submitted {submitted:.6g}"
+        elif abs(test - value) > TOLERANCE * value:
+            limit = f"{TOLERANCE:.0%} of the submitted {value:.6g}"
             self.report(path, f"performance {test:.6g} {unit} is not within {limit}")
         elif verdict and "TEST PASS" not in verdict.splitlines():
             self.report(f"{path}/verify_performance.txt", "has no line TEST PASS")

@@ -15,7 +15,6 @@ from config import UserError, read_text
 from tools.submission.check import BENCHMARKS, FIELDS
 
 Plan = dict[str, Any]  # the values of plan.toml, all texts but "system", which is a dict of texts
-
 VERSIONS = ("v6.1", "v6.0", "v5.1")
 CHOICES = {"version": VERSIONS, "division": ("open", "closed"), "benchmark": BENCHMARKS, "backend": list(BACKENDS)}
 FILES = ("model", "dataset", "vocab", "user_conf")

@@ -1,7 +1,4 @@
-"""Make the runs of a submission, each in its own folder of build/submission-runs, and keep those that are finished.
-
-A folder's name ends with a hash of everything that can change the run's result; run.json in it holds these inputs.
-"""
+"""Make the runs of a submission and keep finished ones; a folder's name has a hash of all that changes the result."""
 
 import glob
 import hashlib
@@ -11,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import config
@@ -20,7 +16,6 @@ from loadgen_logs import RECORD, check_logs, read_record
 from tools.submission.check import RULES
 from tools.submission.plan import Plan, describe_machine
 
-RUNS = f"{config.BUILD_DIR}/submission-runs"
 RUN_LOG, INPUTS = "run.log", "run.json"  # in a run's folder: run.py's output, the run's inputs
 # The project's files that a run uses. The rest of convert/ only writes model files, which are inputs themselves.
 SOURCES = ("*.py", "bert_config.json", "convert/calibration.py")
@@ -59,9 +54,9 @@ def finished(folder: str) -> bool:
     """Return whether `folder` holds a finished run: run.json, which is written after it, its record and whole logs."""
     try:
         check_logs(folder)
+        return all(os.path.exists(f"{folder}/{name}") for name in (INPUTS, RECORD))
     except UserError:
         return False
-    return all(os.path.exists(f"{folder}/{name}") for name in (INPUTS, RECORD))
 
 
 def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> str:
@@ -72,14 +67,12 @@ def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> 
     settings = scenario_settings(plan["user_conf"], scenario)
     inputs = {"args": args, **common, "user_conf": settings, "audit_config": audit}
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    folder = f"{RUNS}/{scenario}-{kind}-{digest[:12]}"
+    folder = f"{config.BUILD_DIR}/submission-runs/{scenario}-{kind}-{digest[:12]}"
     if finished(folder):
         log_progress(f"{folder}: finished before, kept")
         return folder
-    if os.path.exists(folder):
-        log_progress(f"{folder}: unfinished, removed")
-        shutil.rmtree(folder)
-    log_progress(f"{folder}: running")
+    log_progress(f"{folder}: {'unfinished, running again' if os.path.exists(folder) else 'running'}")
+    shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     shutil.copyfile(plan["user_conf"], f"{folder}/user.conf")
     command = [sys.executable, f"{ROOT}/run.py", *args, f"--user_conf={folder}/user.conf"]
@@ -99,13 +92,12 @@ def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> 
 def execute(command: list[str], env: dict[str, str], log: str) -> tuple[str, int]:
     """Run `command` with its output into the file `log` and its progress logged; return (last line, exit status)."""
     line, pipe = "", subprocess.PIPE
-    with open(log, "w", encoding="utf-8") as file:
+    with open(log, "w", buffering=1, encoding="utf-8") as file:
         process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
         assert process.stdout  # a pipe
         try:
             for line in process.stdout:
                 file.write(line)
-                file.flush()
                 if re.match(r"\d\d:\d\d:\d\d ", line):
                     log_progress(f"    {line[9:].rstrip()}")
         except BaseException:  # such as SystemExit by SIGTERM
@@ -115,7 +107,7 @@ def execute(command: list[str], env: dict[str, str], log: str) -> tuple[str, int
         return line.strip(), process.wait()
 
 
-def common_backend(folders: Iterable[str], dtype: str) -> str:
+def common_backend(folders: list[str], dtype: str) -> str:
     """Return the name of the backend that all runs in `folders` recorded. Raises UserError if it is not of `dtype`."""
     found: dict[str, str] = {read_record(folder)["backend"]: folder for folder in folders}
     name = next(iter(found))

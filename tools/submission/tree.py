@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ DISK, LOG_REMEDY = "free disk space", "remove the run's folder"
 
 def write_tree(plan: Plan, runs: Runs) -> None:
     """Replace the folder TREE by the tree of finished runs."""
-    backend = common_backend(runs.values(), plan["dtype"])
+    backend = common_backend(list(runs.values()), plan["dtype"])
     shutil.rmtree(TREE, ignore_errors=True)
     top = f"{TREE}/{plan['division']}/{plan['submitter']}"
     system, benchmark = plan["system_name"], plan["benchmark"]
@@ -50,7 +49,6 @@ def write_scenario(folder: str, plan: Plan, scenario: str, runs: Runs, backend: 
     write_json(f"{folder}/measurements.json", measurements, DISK)
     accuracy_score = score(plan, accuracy)
     write_accuracy(f"{folder}/accuracy", accuracy, accuracy_score)
-
     write(f"{folder}/TEST01/verify_performance.txt", verify_performance(scenario, performance, test))
     verdict = verify_accuracy(accuracy, test)
     write(f"{folder}/TEST01/verify_accuracy.txt", verdict)
@@ -59,7 +57,6 @@ def write_scenario(folder: str, plan: Plan, scenario: str, runs: Runs, backend: 
         write(f"{folder}/TEST01/accuracy/baseline_accuracy.txt", f"{baseline}\n")
         write(f"{folder}/TEST01/accuracy/compliance_accuracy.txt", f"{compliance}\n")
         write_accuracy(f"{folder}/TEST01/accuracy", test, compliance)
-
     metric, value, unit = primary_metric(scenario, read_detail_log(performance))
     files = [plan[name] for name in ("dataset", "vocab", "calibration") if plan.get(name)]
     hashes = file_hashes(plan["model"]) | {os.path.basename(path): file_digest(path) for path in files}
@@ -75,10 +72,9 @@ def write(path: str, text: str) -> None:
         file.write(text.encode())
 
 
-def fill_template(name: str, path: str, values: dict[str, Any]) -> None:
+def fill_template(name: str, path: str, values: Plan) -> None:
     """Write the file `path`: the template `name` with its {fields} replaced by `values`."""
-    template = read_text(f"{ROOT}/tools/submission/{name}", "the template", "restore it from git")
-    write(path, template.format_map(values))
+    write(path, read_text(f"{ROOT}/tools/submission/{name}", "the template", "restore it from git").format_map(values))
 
 
 def score(plan: Plan, run: str, samples_of: str | None = None) -> str:
