@@ -60,7 +60,7 @@ def read_log(
         responses[row] = data
     if differ:
         config.notice(
-            f"{path}: {len(differ)} samples (first: {min(differ)}) have responses that differ; the last counts"
+            f"{path}: {len(differ)} samples (first: sample {min(differ)}) have responses that differ; the last counts"
         )
     rows = np.array(sorted(row for row in responses if max_examples is None or row < max_examples))
     if not len(rows):

@@ -111,9 +111,7 @@ def read_run(folder: str, name: str, given: Paths, form: Form) -> Run:
     log = {entry["key"]: entry["value"] for entry in entries}
     scenario, mode = log.get("effective_scenario"), log.get("effective_test_mode")
     if scenario not in METRICS or mode not in ("PerformanceOnly", "AccuracyOnly"):
-        raise config.UserError(
-            f"{folder}: scenario {scenario}, mode {mode}; give logs of a performance or accuracy run"
-        )
+        raise config.UserError(f"{folder}: scenario {scenario}, mode {mode}; give a performance or accuracy run")
     accuracy, path = mode == "AccuracyOnly", os.path.join(folder, ACCURACY_LOG)
     status = log.get("result_validity", "INCOMPLETE")
     if accuracy:  # a finished log is a JSON list
