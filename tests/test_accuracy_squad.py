@@ -67,7 +67,7 @@ def test_of_several_responses_the_last_counts_and_a_notice_says_if_they_differ(w
     changed = {**entries[1], "data": response((7, 8)).hex()}
     (tmp_path / "log.json").write_text(json.dumps([*entries, changed]))
     assert read_log(path, 8).start[:, 0].tolist() == [1, 7]
-    assert "1 samples (first: 5) have responses that differ; the last counts" in caplog.text
+    assert "1 samples (first: sample 5) have responses that differ; the last counts" in caplog.text
 
 
 def test_max_examples_keeps_the_samples_below_it(write_log):

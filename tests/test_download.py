@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT, fails, refused
 
-from backends import BACKENDS
 from tools import download
 from tools.download import EVERY, File
 
@@ -261,7 +260,7 @@ def test_the_second_of_two_downloads_waits_and_fetches_nothing(server, site):
 def test_the_manifest_has_a_model_for_every_backend_and_each_name_once():
     names = [os.path.basename(file.path) for file in download.FILES]
     assert len(set(names)) == len(names)  # a mirror is one folder
-    for backend in BACKENDS:
+    for backend in ("tf", "pytorch", "onnxruntime", "openvino"):  # another backend need not have a published model
         assert any(file.backends != EVERY and backend in file.backends for file in download.FILES), backend
     assert all(len(file.md5) == 32 for file in download.FILES)
 
