@@ -49,7 +49,7 @@ test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: format
 format: $(call packages,test) ## format the code
@@ -58,7 +58,7 @@ format: $(call packages,test) ## format the code
 .PHONY: coverage
 coverage: $(call packages,test) ## run the tests and list the lines and branches of the scripts that they miss
 	mkdir -p build/coverage
-	$(PYTHON) -m coverage run -m pytest -q -n 2 --dist loadfile
+	$(PYTHON) -m coverage run -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report
 

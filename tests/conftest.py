@@ -1,6 +1,7 @@
 """The fixtures that several test modules use; helpers.py has the functions."""
 
 import sys
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +9,12 @@ import pytest
 from helpers import DEMO_ENV, SHARED, main_of, random_bert, run_script
 
 from config import UserError
+
+
+def pytest_collection_modifyitems(items):
+    """Start the files with the most slow tests first, so that all workers end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture

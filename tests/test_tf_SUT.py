@@ -117,16 +117,18 @@ def test_the_thread_variables_are_read(load, tiny, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "variables, scenario, concurrency",
+    "variables, flags, scenario, concurrency",
     [
-        ({"MLC_MAX_NUM_THREADS": "3"}, "Offline", 3),
-        ({"MLC_MAX_NUM_THREADS": "3"}, "SingleStream", 1),
-        ({"MLC_MAX_NUM_THREADS": "3", "TF_INTRA_OP_PARALLELISM_THREADS": "2"}, "Offline", 1),
+        ({"MLC_MAX_NUM_THREADS": "3"}, ["avx2", "avx512f"], "Offline", 3),
+        ({"MLC_MAX_NUM_THREADS": "3"}, ["avx2"], "Offline", 1),
+        ({"MLC_MAX_NUM_THREADS": "3"}, ["avx512f"], "SingleStream", 1),
+        ({"MLC_MAX_NUM_THREADS": "3", "TF_INTRA_OP_PARALLELISM_THREADS": "2"}, ["avx512f"], "Offline", 1),
     ],
 )
-def test_offline_runs_one_batch_per_core_unless_the_threads_of_a_batch_are_set(
-    load, tiny, monkeypatch, variables, scenario, concurrency
+def test_offline_runs_one_batch_per_core_with_avx512_unless_the_threads_of_a_batch_are_set(
+    load, tiny, monkeypatch, variables, flags, scenario, concurrency
 ):
+    monkeypatch.setattr("config.cpu_flags", lambda: flags)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert load(tiny.folder / "model.pb", scenario=scenario).concurrency == concurrency
