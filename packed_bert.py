@@ -168,7 +168,7 @@ class Bert:
         words, positions, types = (torch.from_numpy(batch.packed(array)).to(self.device) for array in arrays)
         lengths = batch.lengths.tolist()
         x = self._norm(self.words[words] + self.positions[positions] + self.types[types], self.embedding_norm)
-        # Fill up with copies of the first token: they have its values in every layer, so no range of inputs changes.
+        # Fill up with copies of the first token: calibration sees no value that a real token does not have.
         x = torch.cat((x, x[:1].expand(-len(x) % self.rows, -1)))
         for qkv, out, out_norm, up, down, down_norm in self.layers:
             x = self._norm(out(self.attention(qkv(x), self.heads, lengths), residual=x), out_norm)

@@ -5,8 +5,8 @@ import platform
 from functools import partial
 from typing import Any
 
-# Before torch is imported: oneDNN's caches of 1,024 kernels grow for minutes to three times the model's memory.
-# 256 hold the 211 kernels of a Server run of a small BERT in int8; with 16, batches took a third longer.
+# Set before torch is imported: by default, oneDNN's caches hold 1,024 kernels and grow to three times the model's
+# memory. A Server run of a small BERT in int8 needs 211 kernels; with a limit of 16, batches took a third longer.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
 
@@ -22,7 +22,7 @@ from create_squad_data import MAX_SEQ_LENGTH
 from packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges
 from squad_QSL import Batch
 
-# --dtype: that of the values between the linear layers.
+# The dtype of the values between the linear layers, by --dtype; int8 applies only inside the linear layers.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
 
