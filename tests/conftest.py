@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import DEMO_ENV, SHARED, main_of, random_bert, run_script
 
+from backends import RunOptions, load_backend
 from config import UserError
 
 
@@ -43,6 +44,17 @@ def command(monkeypatch, tmp_path, capsys):
             return str(error.value)
         assert error.value.code == 2
         return capsys.readouterr().err.splitlines()[-1]
+
+    return call
+
+
+@pytest.fixture
+def load(request, monkeypatch):
+    """Return a function that loads a backend (default: the module's BACKEND) on a model file with these options."""
+
+    def call(path, backend=None, **options):
+        monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", str(path))
+        return load_backend(RunOptions(backend=backend or request.module.BACKEND, **options))
 
     return call
 

@@ -25,6 +25,19 @@ DEMO_ENV = {
 }
 # Every backend answers in a test within seconds, on a busy machine in a minute; a command that hangs fails here.
 LIMIT_S = 300
+# What the submission's example plan leaves open, and the demo's files.
+PLAN_VALUES = {
+    "submitter": "Someone",
+    "system_name": "demo-machine",
+    "model": DEMO_ENV["ML_MODEL_FILE_WITH_PATH"],
+    "dataset": DEMO_ENV["DATASET_FILE"],
+    "vocab": DEMO_ENV["VOCAB_FILE"],
+    "host_memory_configuration": "N/A",
+    "host_storage_type": "SSD",
+    "host_networking": "Ethernet",
+    "host_networking_topology": "N/A",
+    "cooling": "air",
+}
 # LoadGen settings of short runs.
 SHORT_RUNS = """
 *.*.min_duration = 300
@@ -120,7 +133,7 @@ def random_batch(*lengths, vocab_size=60):
 
 
 def samples(batch):
-    """Return the samples of a `Batch`, each as a batch of its own without padding."""
+    """Return the samples of a `Batch`, each as a separate batch without padding."""
     arrays = (batch.input_ids, batch.input_mask, batch.segment_ids)
     return [
         Batch(*(array[row : row + 1, :length] for array in arrays), batch.lengths[row : row + 1])

@@ -13,22 +13,13 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 import onnxruntime_SUT
-from backends import RunOptions, load_backend
 from config import ONNX_INPUTS
 from convert.pytorch_to_onnx import INPUTS, OUTPUTS, write_model
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """Return a function that loads a backend on a model file, with these `RunOptions`."""
-
-    def call(path, backend="onnxruntime", **options):
-        monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", str(path))
-        return load_backend(RunOptions(backend=backend, **options))
-
-    return call
+BACKEND = "onnxruntime"  # of the fixture `load`
 
 
 def variant(model, names=INPUTS, batch=None, dtype=None):

@@ -10,18 +10,7 @@ pytest.importorskip("openvino")
 pytest.importorskip("onnx")
 import onnx
 
-from backends import RunOptions, load_backend
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Return a function that loads a backend on a model file, with these `RunOptions`."""
-
-    def call(path, backend="openvino", **options):
-        monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", str(path))
-        return load_backend(RunOptions(backend=backend, **options))
-
-    return call
+BACKEND = "openvino"  # of the fixture `load`
 
 
 @pytest.mark.parametrize(

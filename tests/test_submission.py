@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import DEMO_ENV, ROOT, refused, run_script
+from helpers import DEMO_ENV, PLAN_VALUES, ROOT, refused, run_script
 
 from tools.submission import __main__, runs, tree
 from tools.submission.check import FIELDS, LOG_FOLDERS, RULES, SCENARIOS, check
@@ -20,19 +20,7 @@ from tools.submission.tree import verify_accuracy, verify_performance
 
 pytestmark = pytest.mark.slow  # six real runs
 
-# What the example plan leaves open, and the demo's files.
-VALUES = {
-    "submitter": "Someone",
-    "system_name": "demo-machine",
-    "model": DEMO_ENV["ML_MODEL_FILE_WITH_PATH"],
-    "dataset": "dev.json",
-    "vocab": DEMO_ENV["VOCAB_FILE"],
-    "host_memory_configuration": "N/A",
-    "host_storage_type": "SSD",
-    "host_networking": "Ethernet",
-    "host_networking_topology": "N/A",
-    "cooling": "air",
-}
+VALUES = PLAN_VALUES | {"dataset": "dev.json"}
 VARIABLES = {"MLC_MAX_NUM_THREADS": "1"}  # threads would wait for one another on a busy machine
 CONF = """
 *.*.min_duration = 100

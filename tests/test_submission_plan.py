@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import DEMO_ENV, LIMIT_S, ROOT, fails, refused
+from helpers import LIMIT_S, PLAN_VALUES, ROOT, fails, refused
 
 from backends import BACKENDS
 from tools.submission import __main__, runs
@@ -15,19 +15,7 @@ from tools.submission.plan import read_plan
 from tools.submission.runs import fingerprint, scenario_settings
 
 EXAMPLE = (ROOT / "tools/submission/plan.toml").read_text()
-# What the example leaves open, and the demo's files.
-VALUES = {
-    "submitter": "Someone",
-    "system_name": "demo-machine",
-    "model": DEMO_ENV["ML_MODEL_FILE_WITH_PATH"],
-    "dataset": DEMO_ENV["DATASET_FILE"],
-    "vocab": DEMO_ENV["VOCAB_FILE"],
-    "host_memory_configuration": "N/A",
-    "host_storage_type": "SSD",
-    "host_networking": "Ethernet",
-    "host_networking_topology": "N/A",
-    "cooling": "air",
-}
+VALUES = PLAN_VALUES
 
 
 @pytest.fixture

@@ -8,19 +8,9 @@ pytest.importorskip("tensorflow")
 import tensorflow as tf
 
 import tf_SUT
-from backends import RunOptions, load_backend
 from convert.freeze_tf import build_graph, write_graph
 
-
-@pytest.fixture
-def load(monkeypatch):
-    """Return a function that loads a backend on a model file, with these `RunOptions`."""
-
-    def call(path, backend="tf", **options):
-        monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", str(path))
-        return load_backend(RunOptions(backend=backend, **options))
-
-    return call
+BACKEND = "tf"  # of the fixture `load`
 
 
 @pytest.mark.parametrize("name", ["model.pb", "published.pb"])
