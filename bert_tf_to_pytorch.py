@@ -16,10 +16,10 @@ import torch
 
 import config
 from backends import RunOptions, load_backend
-from bert_weights import read_config
 from config import UserError
 from convert.pytorch_to_onnx import build_model, write_model
 from create_squad_data import MAX_SEQ_LENGTH
+from model_files import read_config
 from squad_QSL import Batch
 
 

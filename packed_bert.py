@@ -122,7 +122,7 @@ def cuda_attention(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
 
 
 class Bert:
-    """BERT for question answering, made from what bert_weights.read_weights returns; empties `weights`.
+    """BERT for question answering, made from what model_files.read_weights returns; empties `weights`.
 
     `make_linear` makes a linear layer from its name ("N.qkv", "N.out", "N.up" or "N.down" in BERT's layer N) and its
     weight and bias in fp32; `dtype` is that of the values between linear layers.

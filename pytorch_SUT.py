@@ -16,9 +16,9 @@ from torch import Tensor
 
 import config
 from backends import Backend, RunOptions
-from bert_weights import model_files, read_weights
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
+from model_files import model_files, read_weights
 from packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges
 from squad_QSL import Batch
 

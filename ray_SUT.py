@@ -33,9 +33,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import config
 from backends import Backend, BatchPolicy, RunOptions
-from bert_weights import model_files
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
+from model_files import model_files
 from squad_QSL import Batch
 
 CLUSTER_S = 10  # time in which a cluster must answer

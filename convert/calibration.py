@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import config
-from bert_weights import model_files, read_weights
 from create_squad_data import load_features, read_cache, read_calibration, write_cache
+from model_files import model_files, read_weights
 from packed_bert import Bert, PrepackedLinear, Ranges
 from squad_QSL import Batch, SquadQSL
 

@@ -12,9 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 import config
-from bert_weights import read_config
 from convert.tf_checkpoint import Weights, read_checkpoint
 from create_squad_data import MAX_SEQ_LENGTH
+from model_files import read_config
 
 
 def build_graph(bert_config: dict[str, Any], weights: Weights, shape: tuple[Any, Any] = (None, None)) -> Any:

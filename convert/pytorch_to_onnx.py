@@ -15,9 +15,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import config
-from bert_weights import read_weights
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
+from model_files import read_weights
 
 INPUTS = config.ONNX_INPUTS[0]
 OUTPUTS = ("output_start_logits", "output_end_logits")

@@ -4,8 +4,8 @@ python3 -m convert.pytorch_to_tf --model FOLDER_OR_FILE --tf_checkpoint OUT
 """
 
 import config
-from bert_weights import read_weights
 from convert.tf_checkpoint import write_checkpoint
+from model_files import read_weights
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 import config
-from bert_weights import check_shapes, weight_shapes
 from config import UserError
+from model_files import check_shapes, weight_shapes
 
 Weights = dict[str, np.ndarray]  # {Hugging Face's name: float32 array}
 

@@ -86,9 +86,9 @@ def tiny(tmp_path_factory):
 def demo_models(tmp_path_factory):
     """Return the demo's model in every form: {backend: path}, and "int8" for onnxruntime's --quantized."""
     pytest.importorskip("tensorflow")
-    from bert_weights import read_weights
     from convert.freeze_tf import build_graph, write_graph
     from convert.pytorch_to_onnx import build_model, write_model
+    from model_files import read_weights
 
     folder = tmp_path_factory.mktemp("demo")
     models = {

@@ -101,7 +101,7 @@ def random_bert(folder, **changes):
     """
     from safetensors.numpy import save_file
 
-    from bert_weights import weight_shapes
+    from model_files import weight_shapes
 
     bert_config = {
         "hidden_size": 48,

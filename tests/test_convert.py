@@ -17,10 +17,10 @@ import tensorflow as tf
 
 import bert_tf_to_pytorch
 from backends import RunOptions, load_backend
-from bert_weights import read_weights
 from convert import freeze_tf, pytorch_to_onnx, pytorch_to_tf, quantize_onnx
 from convert.quantize_onnx import outlier_scales
 from convert.tf_checkpoint import read_checkpoint, variables, write_checkpoint
+from model_files import read_weights
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(56))]
 

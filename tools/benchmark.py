@@ -29,8 +29,8 @@ from tabulate import tabulate
 import config
 from backends import BACKENDS, RunOptions, load_backend
 from batching import plan_batching
-from bert_weights import model_files, read_config
 from create_squad_data import Features, Squad, load_features, read_vocab
+from model_files import model_files, read_config
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker

@@ -1,4 +1,4 @@
-"""Read BERT's configuration and weights, which have Hugging Face's names and shapes everywhere in this project."""
+"""Read what model files hold: BERT's configuration, and its weights by Hugging Face's names and shapes."""
 
 from __future__ import annotations
 
