@@ -153,8 +153,11 @@ def last_line(error: BaseException | str) -> str:
 def file_digest(path: str, algorithm: str = "sha256") -> str:
     """Return the digest of a file in hexadecimal. Raises UserError if the file cannot be read."""
     try:
+        digest = hashlib.new(algorithm, usedforsecurity=False)
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
 

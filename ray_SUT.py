@@ -8,7 +8,6 @@ One actor runs on each GPU or, if the cluster has none, one on each node with al
 makes it one on every N cores. Only the driver needs the model's files: Ray sends them to each node once.
 """
 
-import contextlib
 import logging
 import os
 import subprocess
@@ -93,11 +92,16 @@ class Actor:
 
     def load(self, make_backend: Callable[[], Backend], files: dict[str, np.ndarray], model: str) -> Description:
         """Make the backend with the model's files, {name: uint8 array}, and warm it up."""
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            for name, data in files.items():
-                data.tofile(name)
-            os.environ["ML_MODEL_FILE_WITH_PATH"] = model
-            self.backend = make_backend()
+        before = os.getcwd()
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # so that messages have the file's own name
+            try:
+                for name, data in files.items():
+                    data.tofile(name)
+                os.environ["ML_MODEL_FILE_WITH_PATH"] = model
+                self.backend = make_backend()
+            finally:
+                os.chdir(before)
         zeros, ones = np.zeros((1, MAX_SEQ_LENGTH), np.int32), np.ones((1, MAX_SEQ_LENGTH), np.int32)
         self.backend.predict(Batch(zeros, ones, zeros, ones.sum(1, np.int32)))
         return self.backend.name, self.backend.vocab_size, self.backend.batch_policy
