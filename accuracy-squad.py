@@ -24,7 +24,7 @@ def main() -> None:
     add("--features_cache_file", help="cache of the data set's features (default: a file under build/cache)")
     add("--output_dtype", default="float32", choices=DTYPES, help="type of the responses (default: %(default)s)")
     add("--output_transposed", action="store_true", help="a response holds all start logits, then all end logits")
-    add("--max_examples", type=config.positive_int, help="score only this many features, the first ones")
+    add("--max_examples", type=config.sample_limit, help="score only the first N features (default: 0, all)")
     args = parser.parse_args()
     squad, features = load_features(args.val_data, args.vocab_file, args.features_cache_file)
     logits = read_log(args.log_file, len(features), args.output_dtype, args.output_transposed, args.max_examples)

@@ -104,6 +104,14 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def sample_limit(text: str) -> int | None:
+    """Return `text` as a number of samples; 0 is None, all of them, as in the MLPerf reference.
+
+    Raises argparse.ArgumentTypeError for anything but a whole number.
+    """
+    return None if text == "0" else positive_int(text)
+
+
 def thread_limit(name: str) -> int | None:
     """Return the environment variable `name`, 1 to MAX_THREADS, or None if it is unset or empty. Raises UserError."""
     text = os.environ.get(name)

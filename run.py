@@ -56,7 +56,7 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
     add("--accuracy", action="store_true", help="accuracy mode, then score; otherwise performance mode")
     add("--quick", action="store_true", help=f"a performance trial of {QUICK_S} seconds: no official result")
     add("--find_peak", action="store_true", help="Server: find the highest target_qps with a VALID result")
-    add("--max_examples", type=count, metavar="N", help="use only the first N samples (default: all)")
+    add("--max_examples", type=config.sample_limit, metavar="N", help="use only the first N samples (default: 0, all)")
     add("--report", action="store_true", help="afterwards, write report.html into the log folder")
 
     add = group("how to compute")
@@ -75,6 +75,7 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
     add("--user_conf", metavar="FILE", help="LoadGen's settings for the system (default: %(default)s)")
     audit = "LoadGen's settings for a compliance run, used if the file exists (default: %(default)s)"
     add("--audit_conf", metavar="FILE", help=audit)
+    add("--mlperf_conf", metavar="FILE", help="ignored: LoadGen contains MLPerf's settings")
 
     add = group("over the network")
     network = "sut: serve the backend over HTTP; lon: run LoadGen with the servers of --sut_server"
@@ -92,6 +93,8 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
 
     parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(RunOptions)} | {"dtype": None})
     values = vars(parser.parse_args(words))
+    if mlperf_conf := values.pop("mlperf_conf"):
+        config.notice(f"--mlperf_conf={mlperf_conf} is ignored: LoadGen contains MLPerf's settings")
     if values.pop("quantized"):
         if values["dtype"] not in (None, "int8"):
             parser.error(f"--quantized is --dtype=int8, not {values['dtype']}; give one of them")
