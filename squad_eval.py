@@ -14,14 +14,13 @@ import numpy as np
 
 import config
 from config import UserError
-from create_squad_data import MAX_SEQ_LENGTH, WORD, Features, Question, Squad, read_squad, uncased
+from create_squad_data import MAX_SEQ_LENGTH, WORD, Features, Question, Squad, basic_tokens, read_squad
 
 N_BEST = 20  # start and end positions that are considered in each window (run_squad.py, n_best_size)
 MAX_ANSWER_LENGTH = 30  # tokens (run_squad.py, max_answer_length)
 MISSING_LOGIT = -10000.0  # the logit of a position that a response does not have
 DTYPES = ("float32", "float16", "float64", "int8", "int16", "int32", "int64")  # of a logged response
 Scores = dict[str, float]  # {"exact_match": X, "f1": Y}, in percent
-NORMALIZER, PRE_TOKENIZER = uncased()
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -102,7 +101,7 @@ def align(answer: str, passage: str) -> str:
     `passage` is the words that the answer's tokens come from: "(1871)." gives "1871". The result is all of `passage` if
     that part is not found or basic tokenization changes the number of characters (run_squad.py, get_final_text).
     """
-    tokens = " ".join(token for token, _ in PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(passage)))
+    tokens = " ".join(basic_tokens(passage))
     found = tokens.find(answer)
     places = [place for place, character in enumerate(passage) if character != " "]
     if found < 0 or len(tokens) - tokens.count(" ") != len(places):
