@@ -71,8 +71,10 @@ def read_log(
         if not size or size % pair or size > pair * MAX_SEQ_LENGTH:
             raise UserError(f"{path}: sample {row}: {size} bytes are not 1 to 384 {dtype} pairs; see --output_dtype")
         values = np.frombuffer(responses[row], dtype)
-        if np.isnan(values).any():
-            raise UserError(f"{path}: sample {row}: the response contains NaN; check the model and --output_dtype")
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{path}: sample {row}: the response contains NaN or infinity; check the model and --output_dtype"
+            )
         logits[:, place, : len(values) // 2] = values.reshape(2, -1) if transposed else values.reshape(-1, 2).T
     return Logits(rows, *logits)
 
@@ -116,7 +118,10 @@ def answers_from_log(squad: Squad, features: Features, vocab: dict[str, int], lo
     last = features.lengths[logits.rows] - 2  # the last token of the passage; [SEP] follows
     short = logits.rows[logits.start[np.arange(len(last)), last] == MISSING_LOGIT]
     if len(short):
-        config.notice(f"{len(short)} responses (first: sample {short[0]}) are too short; check --output_dtype")
+        config.notice(
+            f"{len(short)} responses (first: sample {short[0]}) are too short; check --output_dtype, and whether the "
+            "harness that wrote the log makes other tokens of a text (docs/scoring.md, Tokens)"
+        )
     scores, firsts, lasts = best_spans(logits, features)
     best: dict[int, int] = {}  # question -> its best row of `logits`; the earlier window wins a draw
     for place, question in enumerate(features.question[logits.rows].tolist()):
