@@ -2,19 +2,25 @@
 
     python3 create_squad_data.py --dataset dev-v1.1.json --vocab_file vocab.txt --out features.npz
 
-The rules are those of Google BERT's run_squad.py. A window is [CLS] question [SEP] piece of the passage [SEP].
+The rules are those of Google BERT's run_squad.py and tokenization.py. A window is [CLS] question [SEP] piece of the
+passage [SEP].
 """
 
 import hashlib
+import itertools
 import os
 import re
+import string
+import unicodedata
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import models
 
 import config
 from config import UserError
@@ -24,7 +30,11 @@ DOC_STRIDE = 128  # MLPerf's doc_stride: passage tokens from the start of one wi
 MAX_QUERY_LENGTH = 64  # MLPerf's max_query_length: question tokens that are kept
 CACHE_VERSION = 1  # raise it if the features of unchanged input change
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+MAX_WORD_LENGTH = 200  # characters; a longer word is [UNK] (tokenization.py, max_input_chars_per_word)
 WORD = re.compile("[^ \t\r\n\u202f]+")  # run_squad.py splits a passage into these
+CHINESE = re.compile(  # tokenization.py, _is_chinese_char
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
 
 
 @dataclass
@@ -101,7 +111,9 @@ def read_squad(path: str) -> Squad:
 def read_vocab(path: str) -> dict[str, int]:
     """Read a BERT vocabulary, one token per line, into {token: id}. Raises UserError if it is not a valid one."""
     remedy = "give BERT's vocab.txt (`make setup` fetches it, VOCAB_FILE names another)"
-    tokens = config.read_text(path, "the vocabulary", remedy).removesuffix("\n").split("\n")
+    lines = config.read_text(path, "the vocabulary", remedy).removesuffix("\n").split("\n")
+    # tokenization.py, load_vocab, strips each line. A line of white space only keeps it: it is in no text.
+    tokens = [line.strip() or line for line in lines]
     vocab = {token: number for number, token in enumerate(tokens)}
     for number, token in enumerate(tokens):
         if vocab[token] != number:
@@ -112,16 +124,61 @@ def read_vocab(path: str) -> dict[str, int]:
     return vocab
 
 
-def uncased() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
-    """Return Google BERT's uncased basic tokenization as a normalizer and a pre-tokenizer."""
-    return normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+@lru_cache(2**16)
+def clean(character: str) -> str:
+    """Return what a character of a text becomes before the text is split at white space.
+
+    Control and format characters are dropped (tokenization.py, _clean_text), white space becomes a space, and a Chinese
+    character becomes a word of its own (_tokenize_chinese_chars).
+    """
+    category = unicodedata.category(character)
+    if character in "\t\n\r" or category == "Zs":
+        return " "
+    if character == "\ufffd" or category in ("Cc", "Cf"):
+        return ""
+    return f" {character} " if CHINESE.match(character) else character
 
 
-def wordpiece(vocab: dict[str, int]) -> Tokenizer:
-    """Return the uncased WordPiece tokenizer over `vocab`; "[SEP]" in a passage is text for it, as in Google's code."""
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))  # Google's limit
-    tokenizer.normalizer, tokenizer.pre_tokenizer = uncased()
-    return tokenizer
+@lru_cache(2**16)
+def split_off(character: str) -> str:
+    """Return what a character of a lower-cased, decomposed word becomes.
+
+    Accents are dropped (tokenization.py, _run_strip_accents), and each punctuation character becomes a token of its own
+    (_run_split_on_punc).
+    """
+    category = unicodedata.category(character)
+    if category == "Mn":
+        return ""
+    punctuation = character in string.punctuation or category.startswith("P")
+    return f" {character} " if punctuation else character
+
+
+def basic_tokens(text: str) -> list[str]:
+    """Return the words and punctuation characters of `text`, in lower case and without accents.
+
+    The steps and their order are those of Google BERT's uncased BasicTokenizer (tokenization.py), for all of Unicode.
+    As there, Python's version decides which characters Unicode has: a character that is new in Unicode 15 is unassigned
+    in Python 3.11.
+    """
+    tokens = []
+    for word in "".join(map(clean, text)).split():
+        # A word is lower-cased as a whole: a sigma at its end becomes another letter than one inside it.
+        tokens += "".join(map(split_off, unicodedata.normalize("NFD", word.lower()))).split()
+    return tokens
+
+
+def word_tokenizer(vocab: dict[str, int]) -> Callable[[str], list[int]]:
+    """Return a function that returns the ids of a word's tokens: of "songs," [id of song, of ##s, of the comma].
+
+    A word is a match of WORD; one of control characters has no token. "[SEP]" in a text is text, as in Google's code.
+    """
+    wordpiece = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_LENGTH)
+
+    @lru_cache(2**17)  # more words than SQuAD's validation set has
+    def token_ids(word: str) -> list[int]:
+        return [piece.id for token in basic_tokens(word) for piece in wordpiece.tokenize(token)]
+
+    return token_ids
 
 
 def cut_windows(tokens: int, room: int) -> list[tuple[slice, np.ndarray]]:
@@ -134,27 +191,29 @@ def cut_windows(tokens: int, room: int) -> list[tuple[slice, np.ndarray]]:
         return [(slice(0, tokens), np.ones(tokens, bool))] if tokens else []
     starts = range(0, tokens - room + DOC_STRIDE, DOC_STRIDE)  # until a window reaches the last token
     spans = [slice(start, min(start + room, tokens)) for start in starts]
-    context = np.full((len(spans), tokens), -1.0)
-    for row, span in enumerate(spans):
+    most, winner = np.full(tokens, -1.0), np.zeros(tokens, int)
+    for row, span in enumerate(spans):  # one by one: a matrix of windows and tokens took 11 GB for 300,000 words
         left = np.arange(span.stop - span.start)
-        context[row, span] = np.minimum(left, left[::-1]) + 0.01 * len(left)
-    winner = context.argmax(axis=0)
+        context = np.minimum(left, left[::-1]) + 0.01 * len(left)
+        better = context > most[span]
+        most[span][better], winner[span][better] = context[better], row
     return [(span, winner[span] == row) for row, span in enumerate(spans)]
 
 
 def make_features(squad: Squad, vocab: dict[str, int]) -> Features:
     """Tokenize the data set with the vocabulary and cut it into windows."""
-    tokenizer = wordpiece(vocab)
+    token_ids = word_tokenizer(vocab)
     passages = []  # of each passage: its tokens' ids, and the index of the word that each token is part of
-    for text, encoding in zip(squad.passages, tokenizer.encode_batch(squad.passages)):
-        word_starts = [match.start() for match in WORD.finditer(text)]
-        words = np.searchsorted(word_starts, [start for start, _ in encoding.offsets], side="right") - 1
-        passages.append((np.array(encoding.ids), words))
+    for text in squad.passages:
+        pieces = list(map(token_ids, WORD.findall(text)))
+        words = np.repeat(np.arange(len(pieces)), list(map(len, pieces)))
+        passages.append((np.fromiter(itertools.chain.from_iterable(pieces), np.int32), words))
     cls, sep = vocab["[CLS]"], vocab["[SEP]"]
     windows = []  # (question's index, [CLS] question [SEP], and of the passage's tokens: ids, words, max-context flags)
-    queries = tokenizer.encode_batch([question.text for question in squad.questions])
-    for number, (question, encoding) in enumerate(zip(squad.questions, queries)):
-        query = [cls, *encoding.ids[:MAX_QUERY_LENGTH], sep]
+    for number, question in enumerate(squad.questions):
+        # Google's code tokenizes a question as a whole. All that separates two WORDs is white space to it, too.
+        tokens = itertools.chain.from_iterable(map(token_ids, WORD.findall(question.text)))
+        query = [cls, *itertools.islice(tokens, MAX_QUERY_LENGTH), sep]
         ids, words = passages[question.passage]
         for span, best in cut_windows(len(ids), MAX_SEQ_LENGTH - len(query) - 1):
             windows.append((number, query, ids[span], words[span], best))
@@ -200,7 +259,8 @@ def load_features(
     The file `cache` (default: build/cache/features-DIGEST.npz) keeps them for the next call. Raises UserError.
     """
     squad, vocab = read_squad(dataset), read_vocab(vocab_file)
-    settings = (CACHE_VERSION, tokenizers.__version__, MAX_SEQ_LENGTH, DOC_STRIDE, MAX_QUERY_LENGTH)
+    versions = (CACHE_VERSION, tokenizers.__version__, unicodedata.unidata_version)
+    settings = (*versions, MAX_SEQ_LENGTH, DOC_STRIDE, MAX_QUERY_LENGTH)
     digests = config.file_digest(dataset) + config.file_digest(vocab_file)
     key = hashlib.sha256(repr(settings).encode() + bytes.fromhex(digests)).hexdigest()
     cache = cache or os.path.join(config.CACHE_DIR, f"features-{key[:16]}.npz")

@@ -14,14 +14,13 @@ import numpy as np
 
 import config
 from config import UserError
-from create_squad_data import MAX_SEQ_LENGTH, WORD, Features, Question, Squad, read_squad, uncased
+from create_squad_data import MAX_SEQ_LENGTH, WORD, Features, Question, Squad, basic_tokens, read_squad
 
 N_BEST = 20  # start and end positions that are considered in each window (run_squad.py, n_best_size)
 MAX_ANSWER_LENGTH = 30  # tokens (run_squad.py, max_answer_length)
 MISSING_LOGIT = -10000.0  # the logit of a position that a response does not have
 DTYPES = ("float32", "float16", "float64", "int8", "int16", "int32", "int64")  # of a logged response
 Scores = dict[str, float]  # {"exact_match": X, "f1": Y}, in percent
-NORMALIZER, PRE_TOKENIZER = uncased()
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -72,8 +71,10 @@ def read_log(
         if not size or size % pair or size > pair * MAX_SEQ_LENGTH:
             raise UserError(f"{path}: sample {row}: {size} bytes are not 1 to 384 {dtype} pairs; see --output_dtype")
         values = np.frombuffer(responses[row], dtype)
-        if np.isnan(values).any():
-            raise UserError(f"{path}: sample {row}: the response contains NaN; check the model and --output_dtype")
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{path}: sample {row}: the response contains NaN or infinity; check the model and --output_dtype"
+            )
         logits[:, place, : len(values) // 2] = values.reshape(2, -1) if transposed else values.reshape(-1, 2).T
     return Logits(rows, *logits)
 
@@ -102,7 +103,7 @@ def align(answer: str, passage: str) -> str:
     `passage` is the words that the answer's tokens come from: "(1871)." gives "1871". The result is all of `passage` if
     that part is not found or basic tokenization changes the number of characters (run_squad.py, get_final_text).
     """
-    tokens = " ".join(token for token, _ in PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(passage)))
+    tokens = " ".join(basic_tokens(passage))
     found = tokens.find(answer)
     places = [place for place, character in enumerate(passage) if character != " "]
     if found < 0 or len(tokens) - tokens.count(" ") != len(places):
@@ -117,7 +118,10 @@ def answers_from_log(squad: Squad, features: Features, vocab: dict[str, int], lo
     last = features.lengths[logits.rows] - 2  # the last token of the passage; [SEP] follows
     short = logits.rows[logits.start[np.arange(len(last)), last] == MISSING_LOGIT]
     if len(short):
-        config.notice(f"{len(short)} responses (first: sample {short[0]}) are too short; check --output_dtype")
+        config.notice(
+            f"{len(short)} responses (first: sample {short[0]}) are too short; check --output_dtype, and whether the "
+            "harness that wrote the log makes other tokens of a text (docs/scoring.md, Tokens)"
+        )
     scores, firsts, lasts = best_spans(logits, features)
     best: dict[int, int] = {}  # question -> its best row of `logits`; the earlier window wins a draw
     for place, question in enumerate(features.question[logits.rows].tolist()):

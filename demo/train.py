@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import BertConfig, BertForQuestionAnswering
 
 import config
-from create_squad_data import DOC_STRIDE, Features, Question, Squad, make_features, read_squad, uncased, wordpiece
+from create_squad_data import DOC_STRIDE, Features, Question, Squad, basic_tokens, make_features, read_squad
 
 SEED = 1
 THREADS = 2  # part of the recipe: another number adds floats in another order and gives other weights
@@ -69,17 +69,26 @@ def read_data(path: str) -> Data:
     return Data(read_squad(path), starts)
 
 
+def library_tokenizer(model: models.WordPiece) -> Tokenizer:
+    """Return the library's uncased BERT tokenizer, which can train a vocabulary and knows the place of each token.
+
+    Of the demo's text, which is in English, it makes the same tokens as create_squad_data.py.
+    """
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
 def make_vocab(squad: Squad) -> list[str]:
     """Train WordPiece on a part of `squad` and return its tokens, [PAD] first.
 
     Every letter is a token, alone and as a continuation, so that names never seen still become tokens.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer = uncased()
+    tokenizer = library_tokenizer(models.WordPiece(unk_token="[UNK]"))
     texts = squad.passages[::4] + [question.text for question in squad.questions[::16]]
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
+        counts.update(basic_tokens(text))
     ascii_letters = {chr(code) for code in range(ord("!"), ord("~") + 1)} - set(string.ascii_uppercase)
     letters = sorted(ascii_letters.union(*counts))
     letters += [f"##{letter}" for letter in letters if letter.isalnum()]
@@ -94,7 +103,7 @@ def make_vocab(squad: Squad) -> list[str]:
 
 def answer_tokens(data: Data, vocab: dict[str, int]) -> np.ndarray:
     """Return the passage tokens (first, last) of each question's first accepted answer: int64 (questions, 2)."""
-    encodings = wordpiece(vocab).encode_batch(data.squad.passages)
+    encodings = library_tokenizer(models.WordPiece(vocab, unk_token="[UNK]")).encode_batch(data.squad.passages)
     spans = np.zeros((len(data.squad.questions), 2), np.int64)
     for number, (question, start) in enumerate(zip(data.squad.questions, data.starts)):
         offsets = np.array(encodings[question.passage].offsets)

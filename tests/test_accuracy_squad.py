@@ -100,7 +100,9 @@ def entry(row, data):
         (entry(0, "00" * 3), "3 bytes"),
         (entry(0, "00" * 12), "12 bytes are not 1 to 384 float32 pairs"),
         (entry(0, "00" * 8 * 385), "3080 bytes"),
-        (entry(3, "0000C07F00000000"), "sample 3: the response contains NaN"),
+        (entry(3, "0000C07F00000000"), "sample 3: the response contains NaN or infinity"),
+        (entry(3, "0000803F0000807F"), "sample 3: the response contains NaN or infinity"),
+        (entry(3, "000080FF0000803F"), "sample 3: the response contains NaN or infinity"),  # minus infinity
     ],
 )
 def test_a_damaged_log_is_named(tmp_path, content, words):
@@ -165,6 +167,46 @@ def test_the_command_takes_the_files_that_automation_gives(write_log, script, tm
     assert len(result.stdout.splitlines()) == 1 and result.stdout.startswith('{"exact_match": ')
     assert len(json.loads((tmp_path / "new/out.json").read_text())) == 1
     assert (tmp_path / "kept.npz").exists() and not (tmp_path / "build").exists()
+
+
+TOKENS_DIFFER = "1 responses (first: sample 0) are too short; check --output_dtype, and whether the harness"
+# What is decided for the data sets in shared/cases/text: (name, flags, scores or None for a refusal, words of a
+# notice or of the refusal). The logs of longword and special are of a harness with transformers' BertTokenizer, which
+# makes fewer tokens: its logits then belong to other tokens here, and the answer is wrong, with a notice.
+CASES = [
+    ("longword", [], {"exact_match": 0.0, "f1": 0.0}, TOKENS_DIFFER),
+    ("special", [], {"exact_match": 0.0, "f1": 0.0}, TOKENS_DIFFER),
+    ("infinity", ["--output_dtype", "float16"], None, "sample 0: the response contains NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize("name, flags, scores, words", CASES, ids=[case[0] for case in CASES])
+def test_the_log_of_a_reported_case(shared, monkeypatch, tmp_path, capsys, caplog, name, flags, scores, words):
+    monkeypatch.chdir(tmp_path)
+    folder = shared / "cases/text"
+    paths = ["--val_data", folder / f"{name}.json", "--log_file", folder / f"{name}_log.json"]
+    paths += ["--vocab_file", shared / "data/vocab.txt"]
+    monkeypatch.setattr(sys, "argv", ["accuracy-squad.py", *map(str, paths), *flags])
+    if scores is None:
+        with refused(f"{name}_log.json", words):
+            main_of("accuracy-squad.py")()
+    else:
+        main_of("accuracy-squad.py")()
+        assert json.loads(capsys.readouterr().out) == scores and words in caplog.text
+
+
+def test_the_tokens_of_the_reported_cases(shared):
+    vocab = read_vocab(str(shared / "data/vocab.txt"))
+    names = list(vocab)
+
+    def passage_tokens(name):
+        features = make_features(read_squad(str(shared / f"cases/text/{name}.json")), vocab)
+        return [names[number] for number in features.input_ids[0][features.word[0] >= 0]]
+
+    assert passage_tokens("cjkext") == ["name", ":", "[UNK]", "[UNK]", "lives", "in", "town", "."]
+    assert passage_tokens("special")[:8] == ["bert", "puts", "[", "cl", "##s", "]", "first", "and"]
+    long_word = passage_tokens("longword")[3 : 3 + 84]  # "the checks ##um", then "a1b2" 28 times
+    assert long_word == ["a1", "##b", "##2"] + ["##a1", "##b", "##2"] * 27
 
 
 def test_scoring_imports_no_framework(script, tmp_path):

@@ -21,7 +21,6 @@ from create_squad_data import (
     make_features,
     read_calibration,
     read_vocab,
-    uncased,
 )
 
 WORDS = ["who", "sang", "?", "a", "song", "##s", "by", "jose", "[", "]", "sep", "(", ")", ".", *"0123456789"]
@@ -163,28 +162,6 @@ def test_a_passage_without_tokens_has_no_feature(files):
     assert len(squad.questions) == 2 and features.question.tolist() == [1]
 
 
-PIECES = [*VOCAB, *(prefix + chr(number) for prefix in ("", "##") for number in range(33, 1000))]
-FULL_VOCAB = {token: number for number, token in enumerate(dict.fromkeys(PIECES))}
-
-
-@settings(deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n.(1)aAéñ"), max_size=2000))
-def test_the_tokens_of_each_word_of_a_passage_spell_the_word(passage):
-    """Join the tokens of all windows; a word with a character that is not in the vocabulary contains [UNK]."""
-    features = make_features(Squad("", [passage], [Question("q", "Who sang?", 0, ["a"])]), FULL_VOCAB)
-    pieces, names = {}, list(FULL_VOCAB)
-    for row in range(len(features)):
-        for place in np.flatnonzero(features.max_context[row]):
-            pieces.setdefault(features.word[row, place], []).append(names[features.input_ids[row, place]])
-        shown = features.word[row][features.word[row] >= 0]
-        assert (np.diff(shown) >= 0).all() and features.input_mask[row].sum() == features.lengths[row] <= 384
-    normalizer, pre_tokenizer = uncased()
-    for number, word in enumerate(WORD.findall(passage)):
-        expected = "".join(token for token, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(word)))
-        found = "".join(piece.removeprefix("##") if len(piece) > 2 else piece for piece in pieces.get(number, []))
-        assert found == expected or "[UNK]" in found
-
-
 def test_max_examples_keeps_the_first_features(files):
     paths = files(document("song " * 600))
     _, everything = load_features(*paths)
@@ -217,6 +194,17 @@ def test_a_cache_of_other_inputs_is_not_used(files, monkeypatch, change):
     fresh = make_features(squad, read_vocab(paths[1]))
     assert (features.input_ids == fresh.input_ids).all()
     assert (features.word == fresh.word).all()
+
+
+@pytest.mark.parametrize("module, version", [("unicodedata", "unidata_version"), ("tokenizers", "__version__")])
+def test_a_cache_of_another_python_or_library_is_not_used(files, monkeypatch, tmp_path, module, version):
+    paths = files(document())
+    for _ in range(2):
+        load_features(*paths)
+    assert len(list((tmp_path / config.CACHE_DIR).iterdir())) == 1
+    monkeypatch.setattr(getattr(create_squad_data, module), version, "another")
+    load_features(*paths)
+    assert len(list((tmp_path / config.CACHE_DIR).iterdir())) == 2
 
 
 DAMAGES = {
@@ -298,12 +286,18 @@ def test_a_data_set_of_another_form_is_named_with_the_place(files, squad, words)
     [
         (VOCAB[1:], "lacks [PAD];"),
         ([*VOCAB, "song"], "the token 'song' is duplicated"),
+        ([*VOCAB, "song\t"], "the token 'song' is duplicated"),
         ([], "lacks [PAD], [UNK], [CLS], [SEP];"),
     ],
 )
 def test_a_vocabulary_that_is_not_berts_is_named(files, vocab, words):
     with refused("vocab.txt: ", words):
         load_features(*files(document(), vocab))
+
+
+def test_the_lines_of_a_vocabulary_are_stripped(files):
+    _, path = files(document(), [*SPECIAL_TOKENS, "song ", "\ta\u00a0", "", "\u3000", "\u200bx"])
+    assert list(read_vocab(path)) == [*SPECIAL_TOKENS, "song", "a", "", "\u3000", "\u200bx"]
 
 
 @pytest.mark.parametrize(

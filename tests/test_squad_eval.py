@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 
 import numpy as np
+import plain_bert
 import pytest
 from helpers import DEMO_ENV
 from hypothesis import given, settings
@@ -148,6 +149,7 @@ def test_a_response_that_ends_before_the_passage_gives_a_notice(caplog, left_out
     logits.start[0, features.lengths[0] - left_out :] = MISSING
     answers_from_log(squad, features, VOCAB, logits)
     assert ("1 responses (first: sample 0) are too short; check --output_dtype" in caplog.text) == noticed
+    assert ("other tokens of a text (docs/scoring.md, Tokens)" in caplog.text) == noticed
 
 
 def test_a_window_without_a_valid_span_answers_nothing():
@@ -216,7 +218,7 @@ def answers_in_loops(squad, features, logits):
             words = [word for word in re.split("[ \t\r\n\u202f]+", squad.passages[question.passage]) if word]
             text = " ".join(tokens[i] for i in features.input_ids[row, s : e + 1]).replace(" ##", "").replace("##", "")
             shown = words[features.word[row, s] : features.word[row, e] + 1]
-            answers[question.id] = align(text, " ".join(shown))
+            answers[question.id] = plain_bert.align(text, " ".join(shown))
     return answers
 
 
