@@ -274,7 +274,7 @@ ACCURACY_LOGS = [
     (None, [], ["No such file"]),
     ("", [], ["accuracy log"]),
     ('[{"qsl_idx": 0, "data": "00', [], ["accuracy log"]),
-    ("[]", [], ["no sample"]),
+    ("{}", [], ["not a JSON list"]),
     ("[3]", [], ["entry 0"]),
     (ENTRY % "0G", [], ["entry 0"]),
     ('[{"qsl_idx": 99999, "data": "00"}]', [], ["sample 99999"]),
