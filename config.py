@@ -6,6 +6,7 @@ automation start every script in the project's folder.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -41,6 +42,9 @@ FILE_VARIABLES = ("ML_MODEL_FILE_WITH_PATH", "VOCAB_FILE", "DATASET_FILE", "CALI
 TF_THREADS = ("TF_INTRA_OP_PARALLELISM_THREADS", "TF_INTER_OP_PARALLELISM_THREADS")
 THREADS = ("MLC_MAX_NUM_THREADS", "OMP_NUM_THREADS", *TF_THREADS)
 COMPUTE_VARIABLES = ("USE_GPU", "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER", *THREADS)
+
+# What flock reports on a file system without locks: Lustre, some NFS (EBADF: it locks only files open for writing).
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 
 log = logging.getLogger("bert")
 
@@ -158,6 +162,11 @@ def last_line(error: BaseException | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
+def printable(text: str) -> str:
+    """Return `text` in one line: line ends, control characters and bytes that are not Unicode become escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def file_digest(path: str, algorithm: str = "sha256") -> str:
     """Return the digest of a file in hexadecimal. Raises UserError if the file cannot be read."""
     try:
@@ -188,6 +197,79 @@ def read_json(path: str, what: str, remedy: str, encoding: str = "utf-8") -> Any
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {what} is not valid JSON ({error}); {remedy}") from None
+
+
+def read_toml(path: str, what: str, remedy: str) -> dict[str, Any]:
+    """Return the content of the TOML file `path`, which holds `what`. Raises UserError, which ends with `remedy`."""
+    if sys.version_info >= (3, 11):  # noqa: UP036 - of Python 3.10, too
+        import tomllib  # novermin
+    else:  # the same parser as a package
+        import tomli as tomllib
+    text = read_text(path, what, remedy)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a ValueError also for a number of 5,000 digits
+        raise UserError(f"{path}: {what} is not TOML ({printable(first_line(error))}); {remedy}") from None
+
+
+def lock_holder(folder: int) -> str:
+    """Return who holds the lock of a folder's descriptor, by Linux's list of locks; elsewhere "another process"."""
+    status = os.fstat(folder)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        with open("/proc/locks", encoding="utf-8") as file:  # 1: FLOCK ADVISORY WRITE <process> <place> 0 EOF
+            pid = next(words[4] for words in map(str.split, file) if words[1] == "FLOCK" and words[5] == place)
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+            return f"process {pid} ({printable(file.read().replace(chr(0), ' ').strip())[:200]})"
+    except (OSError, StopIteration):
+        return "another process"
+
+
+def lock_folder(path: str, what: str, wait: bool = False) -> int | None:
+    """Make the folder `path` and lock it for this process, which runs `what`, such as "a download".
+
+    Returns a descriptor: the lock lasts until it is closed or the process ends. Returns None, with a notice, if the
+    platform or the file system has no such locks. If another process has the lock, waits for it if `wait` is true and
+    otherwise raises UserError; both name that process. Raises UserError if the folder cannot be made.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        notice(f"{path}: this platform has no locks; do not start {what} there twice at the same time")
+        return None
+    try:
+        os.makedirs(path, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path}: cannot use this folder ({error.strerror}); correct permissions") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = lock_holder(folder)
+        if not wait:
+            os.close(folder)
+            remedy = "wait until it ends, or work in another folder"
+            raise UserError(f"{path}: {holder} runs {what} there; {remedy}") from None
+        log_progress(f"{path}: {holder} runs {what} there; waiting until it ends")
+        fcntl.flock(folder, fcntl.LOCK_EX)
+    except OSError as error:
+        os.close(folder)
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"{path}: cannot lock this folder ({error.strerror}); work in another one") from None
+        notice(f"{path}: no locks there ({error.strerror}); do not start {what} there twice at the same time")
+        return None
+    return folder
+
+
+@contextlib.contextmanager
+def locked_folder(path: str, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of the folder `path` in the block; see `lock_folder`."""
+    folder = lock_folder(path, what, wait)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
 
 
 @contextlib.contextmanager

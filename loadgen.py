@@ -41,6 +41,8 @@ CONF_KEYS = {
 }
 # fmt: on
 CONF_LIMITS = {"target_qps": 1e9, "target_latency": 1e12, "target_latency_percentile": 100, "samples_per_query": 1e6}
+# LoadGen takes these from its own mlperf.conf only, so `set_seeds` reads them from user.conf.
+SEEDS = ("qsl_rng_seed", "sample_index_rng_seed", "schedule_rng_seed")
 CONF_LINE = re.compile(r"(\S+)\.([^.\s]+)\.(\w+)\s*=\s*(\S+)")  # model.scenario.key = value
 CONF_FORM = "each line must be model.scenario.key = number, or a # comment"
 MAX_SAMPLES = 1e9  # of a run; LoadGen holds all of them in memory
@@ -74,12 +76,32 @@ def check_conf(path: str, accuracy: bool) -> None:
             amount = float(value)
         except ValueError:
             raise UserError(f"{place}: {value} is not a number; give one") from None
-        limit = CONF_LIMITS.get(key, 2.0**63)  # beyond LoadGen's integers
+        limit = CONF_LIMITS.get(key, 2.0 ** (64 if key in SEEDS else 63))  # beyond LoadGen's integers
         if not 0 <= amount < limit or (key in CONF_LIMITS and not amount):
             minimum = "above 0" if key in CONF_LIMITS else "from 0"
             raise UserError(f"{place}: {value} is out of range; give a number {minimum} and below {limit:g}")
         if key == "mode" and amount != (1 if accuracy else 2):
             raise UserError(f"{place}: not this run's mode; --accuracy chooses the mode, remove the line")
+
+
+def set_seeds(settings: Any, path: str, scenario: str) -> None:
+    """Set the seeds that the conf file `path` gives, since LoadGen 6.0.17 ignores them there without a message.
+
+    As for LoadGen's other keys, the line that names most counts: model and scenario, scenario, model, neither. Raises
+    UserError for a seed that is not a whole number.
+    """
+    found = {}
+    for line in config.read_text(path, "LoadGen's settings", "give a text file").splitlines():
+        if match := CONF_LINE.fullmatch(line.partition("#")[0].strip()):
+            model, place, key, value = match.groups()
+            found[model, place, key] = value
+    for key in SEEDS:
+        names = (("bert", scenario, key), ("*", scenario, key), ("bert", "*", key), ("*", "*", key))
+        value = next((found[name] for name in names if name in found), None)
+        if value and not (value.isascii() and value.isdecimal()):
+            raise UserError(f"{path}: {key}: {value} is not a whole number; give one")
+        if value:
+            setattr(settings, key, int(value))
 
 
 def loadgen_settings(options: RunOptions) -> tuple[Any, Any]:
@@ -99,6 +121,7 @@ def loadgen_settings(options: RunOptions) -> tuple[Any, Any]:
         check_conf(audit_conf, options.accuracy)
     if settings.FromConfig(user_conf, "bert", options.scenario):
         raise UserError(f"{user_conf}: LoadGen cannot read it; {CONF_FORM}")
+    set_seeds(settings, user_conf, options.scenario)
     if options.quick:
         settings.min_duration_ms = QUICK_S * 1000
         settings.min_query_count = 1

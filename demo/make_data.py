@@ -17,11 +17,11 @@ templates/ has a file for each kind of subject, whose name is the slot {name}:
     ask.SLOT        questions whose answer is the value of SLOT; ask.SLOT_year asks only for the year of a date
 """
 
+import contextlib
 import json
 import os
 import random
 import re
-import tomllib
 from collections import Counter
 from typing import Any, TypedDict
 
@@ -59,7 +59,7 @@ Sentence = tuple[str, list[tuple[str, Answers]]]  # its text, and the questions 
 
 def read_template(name: str) -> Any:
     """Return the content of the file `name` of templates/."""
-    return tomllib.loads((FOLDER / f"templates/{name}.toml").read_text("utf-8"))
+    return config.read_toml(str(FOLDER / f"templates/{name}.toml"), "the demo's templates", "restore it from git")
 
 
 # The seed draws from this list by position, so another order gives other files.
@@ -201,8 +201,11 @@ def main() -> None:
     parser.add_argument("--dev", default="demo/dev.json", help="write the shipped, unseen questions here")
     parser.add_argument("--train", default="build/demo/train.json", help="write the questions for demo/train.py here")
     args = parser.parse_args()
-    write(args.dev, make_document("dev", DEV_PASSAGES, args.seed))
-    write(args.train, make_document("train", TRAIN_PASSAGES, args.seed))
+    with contextlib.ExitStack() as locks:
+        for folder in sorted({os.path.dirname(path) or "." for path in (args.dev, args.train)}):
+            locks.enter_context(config.locked_folder(folder, "demo.make_data"))
+        write(args.dev, make_document("dev", DEV_PASSAGES, args.seed))
+        write(args.train, make_document("train", TRAIN_PASSAGES, args.seed))
 
 
 if __name__ == "__main__":

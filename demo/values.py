@@ -2,11 +2,12 @@
 
 import random
 import re
-import tomllib
 from pathlib import Path
 
+from config import read_toml
+
 FOLDER = Path(__file__).parent
-LISTS = tomllib.loads((FOLDER / "words.toml").read_text("utf-8"))
+LISTS = read_toml(str(FOLDER / "words.toml"), "the demo's words", "restore it from git")
 WORDS: dict[str, list[str]] = {name: text.split() for name, text in LISTS["words"].items()}
 KINDS: dict[str, list[str]] = LISTS["kinds"]
 FIELD = re.compile(r"{([^}]+)}")

@@ -1,10 +1,7 @@
 """tools/download.py against a real HTTP server on loopback that breaks off, lies or is busy; with tiny files."""
 
-import fcntl
 import hashlib
-import http.server
 import os
-import random
 import shutil
 import subprocess
 import threading
@@ -13,104 +10,22 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, fails, refused
+from mirrors import BIG, CONTENT, NOWHERE, complete, mirror_server, project
 
+import config
 from tools import download
-from tools.download import EVERY, File
-
-BIG = 300_000  # bytes
-CONTENT = {"small.txt": b"a list\n", "big.bin": random.Random(0).randbytes(BIG)}
-NOWHERE = "http://127.0.0.1:1"  # nothing listens there
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files`; `server.faults` says what goes wrong.
-
-    `server.asked` lists the names whose size was asked for (by one byte), `server.sent` all other responses as (name,
-    first byte, bytes sent).
-    """
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):  # noqa: N802 - http.server's name
-        name, wanted, faults = os.path.basename(self.path), self.headers.get("Range", ""), self.server.faults
-        if faults.get("mute", 0) > 0:
-            faults["mute"] -= 1
-            self.close_connection = True
-            return None
-        if faults.get("busy", 0) > 0:
-            faults["busy"] -= 1
-            return self.send_error(503)
-        if name not in self.server.files:
-            return self.send_error(404)
-        data = self.server.files[name]
-        first, _, last = ("0-" if faults.get("no_ranges") else wanted.removeprefix("bytes=") or "0-").partition("-")
-        first = int(first)
-        body = data[first : int(last) + 1] if last else data[first:]
-        if not body:
-            return self.send_error(416)
-        if wanted and not faults.get("no_ranges"):
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{faults.get('total', len(data))}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if wanted == "bytes=0-0":
-            self.server.asked.append(name)
-            self.wfile.write(body[:1])
-            self.close_connection = len(body) > 1
-            return None
-        cut = faults.get("cut", []).pop(0) if faults.get("cut") else len(body)
-        self.wfile.write(body[:cut])
-        self.server.sent.append((name, first, len(body[:cut])))
-        self.close_connection = cut < len(body)
-        return None
-
-    def log_message(self, *args):
-        pass
+from tools.download import EVERY
 
 
 @pytest.fixture
 def server():
-    """Return a running server of CONTENT: .files, .faults, .asked, .sent, .address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.faults, server.asked, server.sent = dict(CONTENT), {}, [], []
-        server.address = f"http://127.0.0.1:{server.server_port}/files"
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with mirror_server() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """Return an empty folder of a project whose manifest is CONTENT.
-
-    .fetch(mirror, *names) runs the download there, of the files `names` if any are given; .file(name) is a file's path.
-    """
-
-    def fetch(mirror="", *names):
-        manifest = [
-            File(f"build/data/{name}", NOWHERE, hashlib.md5(CONTENT[name]).hexdigest(), EVERY)
-            for name in names or CONTENT
-        ]
-        monkeypatch.setattr(download, "FILES", manifest)
-        monkeypatch.setenv("MODEL_MIRROR", str(mirror))
-        download.main()
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["download.py"])
-    monkeypatch.setattr(download, "WAIT_S", 0.01)
-    return SimpleNamespace(fetch=fetch, file=lambda name: tmp_path / "build/data" / name)
-
-
-def complete(site, *names):
-    """Whether the files are correct and no incomplete download is left."""
-    return all(
-        site.file(name).read_bytes() == CONTENT[name] and not site.file(f"{name}.part").exists()
-        for name in names or CONTENT
-    )
+    return project(tmp_path, monkeypatch)
 
 
 def test_everything_is_fetched_once(server, site, caplog):
@@ -242,16 +157,16 @@ def test_a_full_disk_is_reported_before_anything_is_fetched(server, site, monkey
     assert not server.sent
 
 
-def test_the_second_of_two_downloads_waits_and_fetches_nothing(server, site):
+def test_the_second_of_two_downloads_says_who_has_the_lock_waits_and_fetches_nothing(server, site, caplog):
+    caplog.set_level("INFO", "bert")
     folder = site.file("").resolve()
-    folder.mkdir(parents=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with config.locked_folder(str(folder), "a test"):
         threads = [threading.Thread(target=site.fetch, args=(server.address,)) for _ in range(2)]
         for thread in threads:
             thread.start()
         threads[0].join(0.3)
         assert all(thread.is_alive() for thread in threads) and not server.asked
+        assert f"build/data: process {os.getpid()} (" in caplog.text and "runs tools.download there" in caplog.text
     for thread in threads:
         thread.join()
     assert complete(site) and sorted(server.sent) == [("big.bin", 0, BIG), ("small.txt", 0, 7)]

@@ -14,13 +14,14 @@ import pytest
 from helpers import DEMO_ENV, PLAN_VALUES, ROOT, refused, run_script
 
 from tools.submission import __main__, runs, tree
-from tools.submission.check import FIELDS, LOG_FOLDERS, RULES, SCENARIOS, check
+from tools.submission.check import FIELDS, LOG_FOLDERS, RULES, SCENARIOS, check, seeds
 from tools.submission.plan import read_plan
 from tools.submission.tree import verify_accuracy, verify_performance
 
 pytestmark = pytest.mark.slow  # six real runs
 
-VALUES = PLAN_VALUES | {"dataset": "dev.json"}
+VERSION = "v6.0"  # whose seeds are not those that LoadGen has built in
+VALUES = PLAN_VALUES | {"dataset": "dev.json", "version": VERSION}
 VARIABLES = {"MLC_MAX_NUM_THREADS": "1"}  # threads would wait for one another on a busy machine
 CONF = """
 *.*.min_duration = 100
@@ -136,7 +137,8 @@ def test_one_command_makes_all_that_mlperf_looks_for(made):
     assert result.returncode == 1  # a short run of a small set is complete, but cannot be submitted
     for line in result.stdout.splitlines():
         if line.startswith("build/submission/"):
-            assert re.search("min_duration|sample_count|result_query_count|performance .* is not within", line), line
+            assert re.search("min_duration|sample_count|result_query_count", line) and "TEST01" not in line, line
+    assert re.search("notice: build/submission/.*/TEST01/.*min_duration.*the open division needs no", result.stderr)
     assert re.search(r"\d\d:\d\d:\d\d     PyTorch .*; warming up\n", result.stderr)  # run.py's progress
 
 
@@ -173,11 +175,21 @@ def test_the_readme_says_how_to_repeat_the_runs(made):
         assert f"- {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}\n" in text
 
 
-def test_the_seeds_are_those_that_loadgen_ships(made):
-    """The made set's runs do not change them."""
-    log = (run_folder(made[0], "Offline", "performance") / DETAIL_LOG).read_text()
-    for name, value in RULES["seeds"].items():
-        assert f'"key": "{name}", "value": {value},' in log
+def test_every_run_has_the_seeds_of_the_plans_version(made):
+    for path in (made[0] / "build").rglob(DETAIL_LOG):
+        for name, value in seeds(VERSION).items():
+            assert f'"key": "effective_{name}", "value": {value},' in path.read_text(), path
+    conf = (made[0] / RESULTS / "Offline/user.conf").read_text()
+    assert conf.startswith(CONF) and all(f"*.*.{name} = {value}\n" in conf for name, value in seeds(VERSION).items())
+
+
+def test_another_version_needs_other_runs(folder, submit):
+    _, lines, progress = submit(folder, version="v6.1")
+    assert ["kept" in line for line in progress] == [False] * 6, progress
+    assert any("effective_qsl_rng_seed is 2465351861681999779, expected 2085463073848966840" in line for line in lines)
+    (folder / "user.conf").write_text(CONF + "*.*.qsl_rng_seed = 5\n")
+    with refused("user.conf", "qsl_rng_seed = 5", "v6.1, sets the seeds"):
+        submit(folder, version="v6.1")
 
 
 def test_a_closed_tree_with_the_logs_of_whole_runs_has_no_faults(folder):
@@ -198,7 +210,7 @@ def test_a_closed_tree_with_the_logs_of_whole_runs_has_no_faults(folder):
         path.write_text("Reference score = 100\nTest score = 100\nTEST PASS\n")
     for path in top.rglob("accuracy.txt"):
         path.write_text(path.read_text().replace('"f1": 8', '"f1": 9'))
-    assert check(str(top)) == []
+    assert check(str(top)) == check(str(top), VERSION) == []
     log = path.parent.parent / "performance/run_1" / DETAIL_LOG
     log.write_text(log.read_text().replace('"is_error": false', '"is_error": true', 1))
     assert [fault.split(": ")[1] for fault in check(str(top))] == ["LoadGen logged 1 errors"]
@@ -258,7 +270,7 @@ def test_the_closed_division_is_refused_with_every_reason_and_the_open_one_offer
 
 
 def test_a_set_without_faults_ends_with_status_0(folder, submit, monkeypatch):
-    monkeypatch.setattr(__main__, "check", lambda tree: [])
+    monkeypatch.setattr(__main__, "check", lambda tree, version: [])
     status, lines, _ = submit(folder)
     assert status == 0 and lines[-1] == "build/submission: complete, no faults"
 
@@ -269,9 +281,24 @@ def test_a_short_accuracy_log_is_not_truncated(tmp_path):
     assert (tmp_path / "tree" / ACCURACY_LOG).read_text() == "[]\n"
 
 
-def test_v5_1_has_its_code_under_the_benchmark(folder, submit):
-    submit(folder, version="v5.1")
+def test_v5_1_has_other_folders(folder, submit):
+    _, lines, _ = submit(folder, version="v5.1")
+    assert not any("is missing" in line for line in lines)
     assert (folder / TREE / "code/bert-99/run.py").is_file() and not (folder / TREE / "src").exists()
+    names = {str(path.relative_to(folder / TREE)) for path in (folder / TREE).rglob("*") if path.is_file()}
+    for scenario in SCENARIOS:
+        place = f"demo-machine/bert-99/{scenario}"
+        found = {name.replace(f"/{place}", "") for name in names if f"/{place}/" in name}
+        logs = ("mlperf_log_summary.txt", DETAIL_LOG)
+        assert found == {
+            *(f"measurements/{name}" for name in ("measurements.json", "demo-machine.json", "user.conf", "README.md")),
+            *(f"compliance/TEST01/{name}" for name in ("verify_accuracy.txt", "verify_performance.txt")),
+            *(f"compliance/TEST01/performance/run_1/{name}" for name in logs),
+            *(f"results/performance/run_1/{name}" for name in logs),
+            *(f"results/accuracy/{name}" for name in (*logs, "accuracy.txt", ACCURACY_LOG)),
+        }
+    text = (folder / TREE / f"measurements/{place}/README.md").read_text()
+    assert "The code is in code/bert-99/;" in text and "seeds of MLPerf v5.1" in text
 
 
 def test_an_int8_tree_documents_its_calibration(folder, submit, monkeypatch):

@@ -1,13 +1,27 @@
 """tools/submission --check: a tree that breaks one rule of MLPerf's gets one line that says so."""
 
-import json
 import os
 import shutil
 
 import pytest
 from helpers import run_script
+from submission_trees import (
+    AUDIT,
+    SCORE,
+    empty,
+    fields,
+    log,
+    remove,
+    rename,
+    replace,
+    scenario_files,
+    sha256,
+    valid_tree,
+    write,
+    write_tree,
+)
 
-from tools.submission.check import FIELDS, LOG_FOLDERS, RULES, SCENARIOS, check
+from tools.submission.check import FIELDS, LOG_FOLDERS, check, scenario_folders, seeds
 
 TOP = "closed/Someone"
 SYSTEM = f"{TOP}/systems/machine.json"
@@ -15,66 +29,12 @@ BENCHMARK = f"{TOP}/results/machine/bert-99"
 SINGLE, OFFLINE = f"{BENCHMARK}/SingleStream", f"{BENCHMARK}/Offline"
 ACCURACY, PERFORMANCE, TEST01 = (f"{folder}/mlperf_log_detail.txt" for folder in LOG_FOLDERS.values())
 ACCURACY_LOG = "accuracy/mlperf_log_accuracy.json"
-SCORE = '{{"exact_match": 80.0, "f1": {}}}\n'
-AUDIT = {f"effective_{name}": value for name, value in RULES["test01"]["audit"].items()}
-NO_AUDIT = dict.fromkeys(AUDIT, 0)
-
-
-def detail_log(**values):
-    entries = [{"key": key, "value": value, "metadata": {"is_error": False}} for key, value in values.items()]
-    return "".join(f":::MLLOG {json.dumps(entry)}\n" for entry in entries)
-
-
-def scenario_files(scenario):
-    """Return the files of a scenario's results without a fault: {path: text}."""
-    logged = {"effective_scenario": scenario, **RULES["seeds"]}
-    accuracy = logged | {"effective_test_mode": "AccuracyOnly", "effective_accuracy_sample_count": 10833}
-    performance = {
-        **logged,
-        "effective_test_mode": "PerformanceOnly",
-        "effective_min_duration_ms": 600_000,
-        "effective_performance_sample_count": 10833,
-        "effective_samples_per_query": 24576,
-        "result_query_count": 1024,
-        "result_validity": "VALID",
-        "result_samples_per_second": 100,
-        "early_stopping_latency_ss": 5_000_000,
-    }
-    files = {f"{folder}/mlperf_log_summary.txt": "A summary.\n" for folder in LOG_FOLDERS.values()}
-    return files | {
-        "user.conf": "*.*.min_duration = 600000\n",
-        "README.md": "# How to run it\n",
-        "measurements.json": json.dumps(dict.fromkeys(FIELDS["measurements"], "fp32")),
-        ACCURACY: detail_log(**accuracy, **NO_AUDIT),
-        PERFORMANCE: detail_log(**performance, **NO_AUDIT),
-        TEST01: detail_log(**performance, **AUDIT),
-        ACCURACY_LOG: f"[{4095 * 'a'}\n\n...\n\n{4095 * 'b'}]",
-        "accuracy/accuracy.txt": f"{SCORE.format(90)}hash={64 * 'a'}\n",
-        "TEST01/verify_accuracy.txt": "TEST PASS\n",
-        "TEST01/verify_performance.txt": "TEST PASS\n",
-    }
-
-
-def valid_tree():
-    """Return a tree without a fault: {path: text}."""
-    fields = dict.fromkeys(FIELDS["required"] + FIELDS["optional"], "N/A")
-    fields |= {"division": "closed", "submitter": "Someone", "status": "available", "system_type": "edge"}
-    results = {
-        f"{BENCHMARK}/{scenario}/{name}": text
-        for scenario in SCENARIOS
-        for name, text in scenario_files(scenario).items()
-    }
-    return {SYSTEM: json.dumps(fields), f"{TOP}/src/run.py": "# code\n", **results}
 
 
 @pytest.fixture
 def tree(tmp_path):
     """Return the folder of a tree without a fault."""
-    for name, text in valid_tree().items():
-        path = tmp_path / "tree" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return tmp_path / "tree"
+    return write_tree(tmp_path / "tree", valid_tree())
 
 
 def test_a_tree_without_a_fault_is_said_to_have_none(tree):
@@ -93,40 +53,7 @@ def test_all_faults_of_a_tree_are_printed_one_a_line_with_status_1(tree):
     assert check("nowhere") == ["nowhere: no such folder"]
 
 
-# Changes of a file or folder.
-
-
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def empty(path):
-    path.write_text("")
-
-
-def rename(name):
-    return lambda path: path.rename(path.with_name(name))
-
-
-def write(text):
-    return lambda path: path.write_text(text)
-
-
-def replace(old, new):
-    def change(path):
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new))
-
-    return change
-
-
-def log(**values):
-    """Give entries of a detail log other values: the last value of a key counts."""
-    return lambda path: path.write_text(path.read_text() + detail_log(**values))
-
-
-def fields(**values):
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
+# Changes of a tree.
 
 
 def different_responses(f1):
@@ -142,7 +69,8 @@ def different_responses(f1):
 
 
 # Each path, the change of it and the words of the fault.
-FILES = [SYSTEM, *(f"{SINGLE}/{name}" for name in scenario_files("SingleStream"))]
+FOLDERS_OF_SINGLE = scenario_folders("v6.1", TOP, "machine", "bert-99", "SingleStream")
+FILES = [SYSTEM, *scenario_files("SingleStream", FOLDERS_OF_SINGLE, "v6.1")]
 FOLDERS = [
     (SINGLE, remove, "SingleStream: is missing"),
     (OFFLINE, remove, "Offline: is missing"),
@@ -183,7 +111,7 @@ LOGGED = [
     *((SINGLE, TEST01, {name: 0}) for name in AUDIT),
     *((SINGLE, PERFORMANCE, {name: value}) for name, value in AUDIT.items()),
     *((OFFLINE, ACCURACY, {"effective_accuracy_sample_count": value}) for value in (10832, 10834)),
-    *((SINGLE, path, {name: 5}) for path in (ACCURACY, PERFORMANCE, TEST01) for name in RULES["seeds"]),
+    *((SINGLE, path, {f"effective_{name}": 5}) for path in (ACCURACY, PERFORMANCE, TEST01) for name in seeds("v6.1")),
     (SINGLE, ACCURACY, {"effective_scenario": "Offline"}),
     (SINGLE, ACCURACY, {"effective_test_mode": "PerformanceOnly"}),
     (SINGLE, PERFORMANCE, {"effective_test_mode": "AccuracyOnly"}),
@@ -254,7 +182,9 @@ def test_a_tree_that_breaks_one_rule_has_one_fault(tree, path, change, words):
 
 @pytest.mark.parametrize("text", ["[]\n", f"[{4000 * ' '}]"])
 def test_a_short_accuracy_log_is_complete(tree, text):
-    (tree / SINGLE / ACCURACY_LOG).write_text(text)
+    path = tree / SINGLE / ACCURACY_LOG
+    path.write_text(text)
+    (tree / SINGLE / "accuracy/accuracy.txt").write_text(f"{SCORE.format(90)}hash={sha256(path)}\n")
     assert check(str(tree)) == []
 
 
@@ -282,10 +212,4 @@ def test_the_open_division_has_no_target_and_needs_fewer_samples(tree):
     write(f"{SCORE.format(9.5)}hash={64 * 'a'}\n")(tree / SINGLE / "accuracy/accuracy.txt")
     log(effective_samples_per_query=10833)(tree / OFFLINE / PERFORMANCE)
     (tree / "closed").rename(tree / "open")
-    assert check(str(tree)) == []
-
-
-def test_v5_1_has_its_code_under_the_benchmark(tree):
-    (tree / TOP / "code").mkdir()
-    (tree / TOP / "src").rename(tree / TOP / "code/bert-99")
     assert check(str(tree)) == []

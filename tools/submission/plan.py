@@ -6,16 +6,14 @@ import platform
 import re
 import shutil
 import subprocess
-import tomllib
 from importlib.metadata import version
 from typing import Any
 
 from backends import BACKENDS
-from config import UserError, read_text
-from tools.submission.check import BENCHMARKS, FIELDS
+from config import UserError, printable, read_toml
+from tools.submission.check import BENCHMARKS, FIELDS, VERSIONS
 
 Plan = dict[str, Any]  # the values of plan.toml, all texts but "system", which is a dict of texts
-VERSIONS = ("v6.1", "v6.0", "v5.1")
 CHOICES = {"version": VERSIONS, "division": ("open", "closed"), "benchmark": BENCHMARKS, "backend": list(BACKENDS)}
 FILES = ("model", "dataset", "vocab", "user_conf")
 FOLDERS = ("submitter", "system_name")  # become names of folders
@@ -24,10 +22,7 @@ NAMES = (*CHOICES, *FILES, *FOLDERS, "dtype", "retraining", "weight_transformati
 
 def read_plan(path: str) -> Plan:
     """Return the plan in the TOML file `path`. Raises UserError, which names everything that is wrong."""
-    try:
-        plan = tomllib.loads(read_text(path, "the plan", "copy tools/submission/plan.toml and fill it in"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: the plan is not TOML ({error}); correct it") from None
+    plan = read_toml(path, "the plan", "copy tools/submission/plan.toml and fill it in")
     system = plan.setdefault("system", {})
     if not isinstance(system, dict):
         raise UserError(f"{path}: system must be a table, [system]")
@@ -40,8 +35,8 @@ def read_plan(path: str) -> Plan:
             faults.append(f"{name} must be text in quotes")
         elif value and value not in CHOICES.get(name, [value]):
             faults.append(f"{name} is {value!r}, expected {' or '.join(CHOICES[name])}")
-        elif value and name in FOLDERS and not re.fullmatch(r"\w[\w.+-]*", value, re.ASCII):
-            faults.append(f"{name} is {value!r}; only letters, digits and . + - _ are allowed")
+        elif value and name in FOLDERS and not re.fullmatch(r"\w[\w.+-]{0,99}", value, re.ASCII):
+            faults.append(f"{name} is {value!r}; only letters, digits and . + - _ are allowed, at most 100")
         elif value and name in (*FILES, "calibration") and not os.path.exists(value):
             faults.append(f"{name} is {value}: no such file")
     known, described = FIELDS["required"] + FIELDS["optional"], describe_system(plan)
@@ -50,7 +45,7 @@ def read_plan(path: str) -> Plan:
     if empty := [name for name in FIELDS["required"] if name not in NAMES and not described[name]]:
         faults.append(f"[system] lacks {', '.join(empty)}; write N/A if a field does not apply")
     if faults:
-        raise UserError(f"{path}: {'; '.join(faults)}")
+        raise UserError(printable(f"{path}: {'; '.join(faults)}"))
     return plan
 
 

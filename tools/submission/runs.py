@@ -11,11 +11,13 @@ import sys
 from typing import Any
 
 import config
-from config import ROOT, UserError, file_digest, log_progress
+from config import ROOT, UserError, file_digest, locked_folder, log_progress
+from loadgen import CONF_LINE, SEEDS
 from loadgen_logs import RECORD, check_logs, read_record
-from tools.submission.check import RULES
+from tools.submission.check import RULES, seeds
 from tools.submission.plan import Plan, describe_machine
 
+RUNS = f"{config.BUILD_DIR}/submission-runs"  # each run has a folder in it
 RUN_LOG, INPUTS = "run.log", "run.json"  # in a run's folder: run.py's output, the run's inputs
 # The project's files that a run uses. The rest of convert/ only writes model files, which are inputs themselves.
 SOURCES = ("*.py", "bert_config.json", "convert/calibration.py")
@@ -50,6 +52,15 @@ def scenario_settings(path: str, scenario: str) -> list[str]:
     return [line for line in lines if line and not any(other in line for other in others)]
 
 
+def check_seeds(path: str, version: str) -> None:
+    """Raise UserError if the user.conf `path` sets a seed otherwise than `version` does."""
+    for line in config.read_text(path, "LoadGen's settings", "give a text file").splitlines():
+        setting = line.partition("#")[0].strip()
+        match = CONF_LINE.fullmatch(setting)
+        if match and match[3] in SEEDS and match[4] != str(seeds(version)[match[3]]):
+            raise UserError(f"{path}: {setting!r}: the plan's version, {version}, sets the seeds; remove this line")
+
+
 def finished(folder: str) -> bool:
     """Return whether `folder` holds a finished run: run.json, which is written after it, its record and whole logs."""
     try:
@@ -65,16 +76,21 @@ def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> 
     args += ["--accuracy"] if kind == "accuracy" else []
     audit = AUDIT_CONFIG if kind == "TEST01" else None
     settings = scenario_settings(plan["user_conf"], scenario)
-    inputs = {"args": args, **common, "user_conf": settings, "audit_config": audit}
+    version = {"version": plan["version"], "seeds": seeds(plan["version"])}
+    inputs = {"args": args, **common, **version, "user_conf": settings, "audit_config": audit}
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    folder = f"{config.BUILD_DIR}/submission-runs/{scenario}-{kind}-{digest[:12]}"
+    folder = f"{RUNS}/{scenario}-{kind}-{digest[:12]}"
     if finished(folder):
         log_progress(f"{folder}: finished before, kept")
         return folder
     log_progress(f"{folder}: {'unfinished, running again' if os.path.exists(folder) else 'running'}")
-    shutil.rmtree(folder, ignore_errors=True)
+    with locked_folder(folder, "run.py"):  # which a command that was killed may have left running
+        shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    shutil.copyfile(plan["user_conf"], f"{folder}/user.conf")
+    text = config.read_text(plan["user_conf"], "LoadGen's settings", "give a text file").rstrip("\n")
+    with open(f"{folder}/user.conf", "w", encoding="utf-8") as file:
+        file.write(f"{text}\n\n# The seeds of MLPerf {plan['version']}.\n")
+        file.writelines(f"*.*.{name} = {seed}\n" for name, seed in seeds(plan["version"]).items())
     command = [sys.executable, f"{ROOT}/run.py", *args, f"--user_conf={folder}/user.conf"]
     if audit:
         with open(f"{folder}/audit.config", "w", encoding="utf-8") as file:

@@ -11,7 +11,16 @@ from config import BUILD_DIR, ROOT, UserError, atomic_write, file_digest, read_j
 from create_squad_data import load_features, read_vocab
 from loadgen_logs import ACCURACY_LOG, DETAIL_LOG, SUMMARY_LOG, primary_metric, read_detail_log
 from squad_eval import Logits, read_log, score_log
-from tools.submission.check import GAP, LOG_FOLDERS, RULES, SCENARIOS, TOLERANCE
+from tools.submission.check import (
+    GAP,
+    LOG_FOLDERS,
+    RULES,
+    SCENARIOS,
+    TOLERANCE,
+    Folders,
+    scenario_folders,
+    source_folder,
+)
 from tools.submission.plan import Plan, describe_system
 from tools.submission.runs import AUDIT_CONFIG, common_backend, file_hashes
 
@@ -27,43 +36,50 @@ def write_tree(plan: Plan, runs: Runs) -> None:
     top = f"{TREE}/{plan['division']}/{plan['submitter']}"
     system, benchmark = plan["system_name"], plan["benchmark"]
     write_json(f"{top}/systems/{system}.json", describe_system(plan, backend), DISK)
-    copy_source(f"{top}/code/{benchmark}" if plan["version"] == "v5.1" else f"{top}/src")
+    source = source_folder(plan["version"], top, benchmark)
+    copy_source(source)
     if plan["dtype"] == "int8":
         values = {"list": os.path.basename(plan["calibration"]), "digest": file_digest(plan["calibration"])}
         fill_template("calibration.template", f"{top}/documentation/calibration.md", plan | values)
     for scenario in SCENARIOS:
-        write_scenario(f"{top}/results/{system}/{benchmark}/{scenario}", plan, scenario, runs, backend)
+        folders = scenario_folders(plan["version"], top, system, benchmark, scenario)
+        values = plan | {"scenario": scenario, "source": os.path.relpath(source, top)}
+        write_scenario(folders, values, runs, backend)
 
 
-def write_scenario(folder: str, plan: Plan, scenario: str, runs: Runs, backend: str) -> None:
-    """Write the results of a scenario into `folder`."""
-    for kind, logs in LOG_FOLDERS.items():
-        os.makedirs(f"{folder}/{logs}")
+def write_scenario(folders: Folders, plan: Plan, runs: Runs, backend: str) -> None:
+    """Write the results of a scenario into its folders; `plan` also says the scenario and the folder of the source."""
+    scenario, test01 = plan["scenario"], f"{folders.compliance}/TEST01"
+    for kind in LOG_FOLDERS:
+        os.makedirs(folders.logs(kind))
         for name in (SUMMARY_LOG, DETAIL_LOG):
-            shutil.copyfile(f"{runs[scenario, kind]}/{name}", f"{folder}/{logs}/{name}")
+            shutil.copyfile(f"{runs[scenario, kind]}/{name}", f"{folders.logs(kind)}/{name}")
     accuracy, performance, test = (runs[scenario, kind] for kind in LOG_FOLDERS)
-    shutil.copyfile(f"{performance}/user.conf", f"{folder}/user.conf")
+    os.makedirs(folders.measurements, exist_ok=True)
+    shutil.copyfile(f"{performance}/user.conf", f"{folders.measurements}/user.conf")
     measurements = {name: plan[name] for name in ("retraining", "weight_transformations")}
     measurements |= {"input_data_types": "int32", "weight_data_types": plan["dtype"]}
     measurements["starting_weights_filename"] = os.path.basename(os.path.normpath(plan["model"]))
-    write_json(f"{folder}/measurements.json", measurements, DISK)
+    write_json(f"{folders.measurements}/measurements.json", measurements, DISK)
+    if folders.measurements != folders.results:  # where MLPerf's checker reads the file that begins with this name
+        write_json(f"{folders.measurements}/{plan['system_name']}.json", measurements, DISK)
     accuracy_score = score(plan, accuracy)
-    write_accuracy(f"{folder}/accuracy", accuracy, accuracy_score)
-    write(f"{folder}/TEST01/verify_performance.txt", verify_performance(scenario, performance, test))
+    write_accuracy(f"{folders.results}/accuracy", accuracy, accuracy_score)
+    write(f"{test01}/verify_performance.txt", verify_performance(scenario, performance, test))
     verdict = verify_accuracy(accuracy, test)
-    write(f"{folder}/TEST01/verify_accuracy.txt", verdict)
+    write(f"{test01}/verify_accuracy.txt", verdict)
     if "TEST PASS" not in verdict:  # then MLPerf compares the scores of TEST01's samples
         baseline, compliance = score(plan, accuracy, samples_of=test), score(plan, test)
-        write(f"{folder}/TEST01/accuracy/baseline_accuracy.txt", f"{baseline}\n")
-        write(f"{folder}/TEST01/accuracy/compliance_accuracy.txt", f"{compliance}\n")
-        write_accuracy(f"{folder}/TEST01/accuracy", test, compliance)
+        write(f"{test01}/accuracy/baseline_accuracy.txt", f"{baseline}\n")
+        write(f"{test01}/accuracy/compliance_accuracy.txt", f"{compliance}\n")
+        write_accuracy(f"{test01}/accuracy", test, compliance)
     metric, value, unit = primary_metric(scenario, read_detail_log(performance))
     files = [plan[name] for name in ("dataset", "vocab", "calibration") if plan.get(name)]
     hashes = file_hashes(plan["model"]) | {os.path.basename(path): file_digest(path) for path in files}
     result = f"{backend}: {metric} {value or 0:.6g} {unit}, accuracy `{accuracy_score}`"
     hash_list = "\n".join(f"- {name}: {digest}" for name, digest in hashes.items())
-    values = {"scenario": scenario, "result": result, "audit_config": AUDIT_CONFIG, "files": hash_list}
-    fill_template("README.template", f"{folder}/README.md", plan | values)
+    values = {"result": result, "audit_config": AUDIT_CONFIG, "files": hash_list}
+    fill_template("README.template", f"{folders.measurements}/README.md", plan | values)
 
 
 def write(path: str, text: str) -> None:
