@@ -161,5 +161,5 @@ launch_docker: ## start a shell in the image, with HOST_VOL (this folder) at /wo
 
 .PHONY: clean
 clean: ## remove what runs and tests wrote; keeps build/data and .venv
-	rm -rf build/cache build/demo build/logs build/logs-* build/result
+	rm -rf build/cache build/demo build/logs build/pythons build/result
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import os
 import queue
 import re
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import config
 from config import SCENARIOS, UserError, log_progress
-from loadgen_logs import RECORD
+from loadgen_logs import EARLIER, RECORD
 
 if TYPE_CHECKING:  # numpy and LoadGen
     from backends import RunOptions
@@ -138,24 +137,24 @@ def loadgen_settings(options: RunOptions) -> tuple[Any, Any]:
 
 
 def prepare_log_folder(folder: str) -> None:
-    """Make the log folder, lock it against other runs until this process ends, and move an earlier run's logs aside.
+    """Make the log folder, lock it until this process ends, and move an earlier run's logs to its folder earlier/TIME.
 
-    Raises UserError.
+    They stay inside the folder: MLCommons' automation takes each folder beside it for another mode of the run, and the
+    folder may be a mount point. Raises UserError.
     """
+    config.lock_folder(folder, "a run, whose logs it writes")
     try:
-        os.makedirs(folder, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         old = [name for name in os.listdir(folder) if name.startswith(("mlperf_log_", "report")) or name == RECORD]
         if old:
             when = max(os.path.getmtime(os.path.join(folder, name)) for name in old)
-            aside = f"{os.path.abspath(folder)}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(when))}"
-            os.makedirs(aside, exist_ok=True)
+            name = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
+            aside = os.path.join(folder, EARLIER, name)
+            while os.path.exists(aside):  # two runs ended within a second
+                aside += "-next"
+            os.makedirs(aside)
             for name in old:
                 os.replace(os.path.join(folder, name), os.path.join(aside, name))
             log_progress(f"moved the earlier run's logs to {os.path.relpath(aside)}")
-    except BlockingIOError:
-        remedy = "wait for it, or set LOG_PATH to another folder"
-        raise UserError(f"{folder}: another run writes its logs there; {remedy}") from None
     except OSError as error:
         remedy = "set LOG_PATH to another folder"
         raise UserError(f"{folder}: cannot write logs there ({error.strerror}); {remedy}") from None

@@ -24,6 +24,7 @@ ACCURACY_LOG, TRACE_LOG = "mlperf_log_accuracy.json", "mlperf_log_trace.json"
 # How each log ends if LoadGen could write all of it.
 LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY_LOG: b".\n", ACCURACY_LOG: b"]\n", TRACE_LOG: b"}\n"}
 RECORD = "record.json"
+EARLIER = "earlier"  # the folder in a log folder that keeps the logs of earlier runs
 DISK = "free disk space or set LOG_PATH to another folder"
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers", "tensorflow", "onnxruntime", "openvino")
 

@@ -130,7 +130,13 @@ def test_a_clock_that_jumps_ends_the_run(long_run, jump_s):
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_continues(long_run, script, tmp_path):
     with long_run(LOG_PATH="logs") as first:
-        fails(script("run.py", "--backend=pytorch", LOG_PATH="logs"), "logs", "another run", "LOG_PATH")
+        fails(
+            script("run.py", "--backend=pytorch", LOG_PATH="logs"),
+            "logs: process",
+            "run.py",
+            "a run, whose logs it writes",
+            "another folder",
+        )
         assert first.poll() is None and (tmp_path / "logs/record.json").exists()
 
 
