@@ -1,20 +1,22 @@
-"""Read LoadGen's logs (their names, each scenario's metric, the verdict) and keep record.json beside them.
+"""Prepare the log folder, read LoadGen's logs (each scenario's metric, the verdict) and keep record.json beside them.
 
 record.json holds what LoadGen does not know of a run; run.py writes it and tools/report reads it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import config
-from config import UserError
+from config import UserError, log_progress
 
 if TYPE_CHECKING:  # numpy
     from backends import Backend, RunOptions
@@ -24,6 +26,8 @@ ACCURACY_LOG, TRACE_LOG = "mlperf_log_accuracy.json", "mlperf_log_trace.json"
 # How each log ends if LoadGen could write all of it.
 LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY_LOG: b".\n", ACCURACY_LOG: b"]\n", TRACE_LOG: b"}\n"}
 RECORD = "record.json"
+NOT_FINITE = re.compile(r'(?<="value": )-?(inf|nan)(?=[,}])')  # as LoadGen writes such a value, which is not JSON
+JSON_NAMES = {"inf": "Infinity", "-inf": "-Infinity"}  # as Python's json module reads it
 DISK = "free disk space or set LOG_PATH to another folder"
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers", "tensorflow", "onnxruntime", "openvino")
 
@@ -48,6 +52,41 @@ METRICS = {
 }
 
 
+def log_settings() -> Any:
+    """Return LoadGen's LogSettings: the log folder, and a trace with each sample's latency, for the report."""
+    import mlperf_loadgen as lg
+
+    settings = lg.LogSettings()
+    settings.log_output.outdir = config.env("LOG_PATH", config.LOG_DIR)
+    settings.log_output.copy_summary_to_stdout = False  # it would break into a progress line; run.py prints it
+    settings.enable_trace = True  # a thread of LoadGen's writes it
+    return settings
+
+
+def prepare_log_folder(folder: str) -> None:
+    """Make the log folder, lock it against other runs until this process ends, and move an earlier run's logs aside.
+
+    Raises UserError.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        old = [name for name in os.listdir(folder) if name.startswith(("mlperf_log_", "report")) or name == RECORD]
+        if old:
+            when = max(os.path.getmtime(os.path.join(folder, name)) for name in old)
+            aside = f"{os.path.abspath(folder)}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(when))}"
+            os.makedirs(aside, exist_ok=True)
+            for name in old:
+                os.replace(os.path.join(folder, name), os.path.join(aside, name))
+            log_progress(f"moved the earlier run's logs to {os.path.relpath(aside)}")
+    except BlockingIOError:
+        remedy = "wait for it, or set LOG_PATH to another folder"
+        raise UserError(f"{folder}: another run writes its logs there; {remedy}") from None
+    except OSError as error:
+        remedy = "set LOG_PATH to another folder"
+        raise UserError(f"{folder}: cannot write logs there ({error.strerror}); {remedy}") from None
+
+
 def read_entries(folder: str) -> list[dict[str, Any]]:
     """Return the entries of LoadGen's detail log in `folder`: dicts of key, value and more.
 
@@ -60,6 +99,7 @@ def read_entries(folder: str) -> list[dict[str, Any]]:
     for number, line in enumerate(config.read_text(path, "LoadGen's log", remedy).splitlines(keepends=True), 1):
         if line.startswith(":::MLLOG ") and line.endswith("\n"):
             try:
+                line = NOT_FINITE.sub(lambda match: JSON_NAMES.get(match[0], "NaN"), line)
                 entry = json.loads(line.removeprefix(":::MLLOG "))
                 entry["key"], entry["value"]
             except (ValueError, KeyError, TypeError):

@@ -200,9 +200,9 @@ def backend_script(folder, body="pass", concurrency=2, setup=""):
 
 @contextlib.contextmanager
 def refused(*words):
-    """Assert that the block raises a UserError of one line that holds `words`."""
+    """Assert that the block raises a UserError of one line that holds `words`; yield pytest's ExceptionInfo of it."""
     with pytest.raises(UserError) as error:
-        yield
+        yield error
     for word in (*words, ""):
         assert word in str(error.value) and "\n" not in str(error.value), f"{word!r} is not in {str(error.value)!r}"
 

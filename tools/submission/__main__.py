@@ -14,6 +14,7 @@ import signal
 import sys
 
 from config import UserError, argument_parser, log_progress, run_command
+from loadgen import AUDIT_FILES
 from tools.submission.check import LOG_FOLDERS, SCENARIOS, check
 from tools.submission.plan import read_plan
 from tools.submission.runs import ensure_run, fingerprint
@@ -23,8 +24,8 @@ from tools.submission.tree import TREE, write_tree
 def submit(path: str) -> int:
     """Make the tree of the plan `path` and return the exit status."""
     plan = read_plan(path)
-    if os.path.exists("audit.conf"):
-        raise UserError("audit.conf: run.py would use it in every run; move it away")
+    for name in filter(os.path.exists, AUDIT_FILES):
+        raise UserError(f"{name}: run.py would use it in every run; move it away")
     common = fingerprint(plan)
     runs = {run: ensure_run(plan, common, *run) for run in itertools.product(SCENARIOS, LOG_FOLDERS)}
     log_progress("writing the tree")
