@@ -5,9 +5,8 @@ Each table has a row per form of a line or file. test_loadgen_conf_generated.py 
 
 import re
 
-import mlperf_loadgen as lg
 import pytest
-from helpers import ROOT, SHORT_RUNS, backend_script, refused, run_script
+from helpers import ROOT, SHORT_RUNS, backend_script, refused, run_loadgen, run_script
 
 from backends import RunOptions
 from config import SCENARIOS
@@ -247,23 +246,6 @@ def test_settings_that_are_not_text_or_not_numbers_are_named(command, tmp_path, 
 AUDIT, _ = CASES["audit.config"]
 
 
-def run_loadgen(settings, log_settings, audit_conf, samples=20):
-    """Run LoadGen's test with a system that answers at once, and return the detail log."""
-
-    def issue(queries):
-        lg.QuerySamplesComplete([lg.QuerySampleResponse(query.id, 0, 0) for query in queries])
-
-    system, library = (
-        lg.ConstructSUT(issue, lambda: None),
-        lg.ConstructQSL(samples, samples, lambda _: None, lambda _: None),
-    )
-    settings.performance_sample_count_override = samples
-    lg.StartTestWithLogSettings(system, library, settings, log_settings, audit_conf)
-    lg.DestroyQSL(library)
-    lg.DestroySUT(system)
-    return read_detail_log(log_settings.log_output.outdir)
-
-
 @pytest.fixture
 def audit(tmp_path, monkeypatch):
     """Return a function that runs LoadGen with files in the working folder: {name: content}."""
@@ -273,7 +255,8 @@ def audit(tmp_path, monkeypatch):
     def call(files, **options):
         for name, content in ({"user.conf": SHORT_RUNS} | files).items():
             (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return run_loadgen(*loadgen_settings(RunOptions(**{"scenario": "Offline"} | options)))
+        run_loadgen(*loadgen_settings(RunOptions(**options)))
+        return read_detail_log(tmp_path)
 
     return call
 

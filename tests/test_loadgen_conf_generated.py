@@ -21,21 +21,23 @@ NUMBERS = st.one_of(
     st.floats(0, 1e9).map(repr),
     st.sampled_from([".5", "5.", "1e", "1e400", "inf", "-nan", "0x1p4", "1_000", "1,5", "true", "5f", "5ms", "010.5"]),
 )
-EQUALS = st.sampled_from([" = "] * 6 + ["=", " =", "= ", "\t=  ", "\u00a0=\u00a0", " : "])
-ENDS = st.sampled_from([""] * 8 + ["\r", " ", " # tuned", "#tuned", " 7", "\u00a0"])
-LINES = st.builds(
-    "{}.{}.{}{}{}{}".format,
+NAMES = st.builds(
+    "{}.{}.{}".format,
     st.sampled_from(["*"] * 4 + ["bert", "bert", "bert-99", "BERT"]),
-    st.sampled_from([*["*"] * 4, *SCENARIOS, *SCENARIOS, "Sever"]),
-    st.sampled_from([*SETTINGS, "target_qps", "target_latency", "min_duration", "target_qbs"]),
-    EQUALS,
-    NUMBERS,
-    ENDS,
+    st.sampled_from(["*"] * 4 + [*SCENARIOS, *SCENARIOS]),
+    st.sampled_from([*SETTINGS, "target_qps", "target_latency", "min_duration"]),
 )
-COMMENTS = st.sampled_from(
-    ["", "# tuned", "#tuned", "#tuned by hand", "#*.*.min_duration = 7", "#a = b", "\ufeff# tuned"]
+COMMENTS = st.sampled_from(["", "# tuned", "#tuned", "#*.*.min_duration = 7", "#*.*.min_duration=7 ", " # a = b", "\r"])
+LINES = st.builds("{}{}{}{}".format, NAMES, st.sampled_from([" = ", "\t=  "]), NUMBERS, st.sampled_from(["", "", "\r"]))
+WRONG_NAMES = st.sampled_from(["*.Sever.target_qps", "*.*.target_qbs", "Offline.target_qps", "\ufeff*.*.min_duration"])
+WRONG_LINES = st.one_of(
+    st.builds("{}{}{}".format, NAMES, st.sampled_from(["=", " =", "= ", "\u00a0=\u00a0", " : ", " "]), NUMBERS),
+    st.builds("{} = {}{}".format, NAMES, NUMBERS, st.sampled_from([" # tuned", "#tuned", " 7", "\u00a0", "\r7"])),
+    st.builds("{} = {}".format, WRONG_NAMES, NUMBERS),
+    st.sampled_from(["#tuned by hand", "#a = b", "\ufeff# tuned", "\u00a0# tuned", "; tuned", "// tuned"]),
 )
-FILES = st.lists(LINES | LINES | LINES | COMMENTS, min_size=1, max_size=4)
+RIGHT_FORMS = st.lists(LINES | COMMENTS, min_size=1, max_size=4)
+FILES = RIGHT_FORMS | st.tuples(RIGHT_FORMS, WRONG_LINES).map(lambda parts: [*parts[0], parts[1]])
 
 
 def read_as_person(line):
