@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import IO, Any, NoReturn
@@ -179,10 +180,13 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
 
 
-def read_text(path: str, what: str, remedy: str, encoding: str = "utf-8") -> str:
-    """Return the text of the file `path`, which holds `what`. Raises UserError, which ends with `remedy`."""
+def read_text(path: str, what: str, remedy: str, encoding: str = "utf-8", newline: str | None = None) -> str:
+    """Return the text of the file `path`, which holds `what`; `newline` as for open().
+
+    Raises UserError, which ends with `remedy`.
+    """
     try:
-        with open(path, encoding=encoding) as file:
+        with open(path, encoding=encoding, newline=newline) as file:
             return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read {what} ({error.strerror}); {remedy}") from None
@@ -307,6 +311,16 @@ def out_of_memory(error: BaseException) -> str | None:
     if not isinstance(error, MemoryError) and "allocat" not in line and "out of memory" not in line:
         return None
     return f"out of memory ({line}); free some, or use a smaller model or fewer --batch_tokens"
+
+
+def failure_line(error: BaseException) -> str:
+    """Return one line for the exception that ended a run; print the traceback if it is not a user's mistake."""
+    if line := out_of_memory(error):
+        return line
+    if isinstance(error, UserError):
+        return str(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return f"the run failed: {type(error).__name__}: {error}"
 
 
 def command_name() -> str:

@@ -1,4 +1,4 @@
-"""Read LoadGen's logs (their names, each scenario's metric, the verdict) and keep record.json beside them.
+"""Prepare the log folder, read LoadGen's logs (each scenario's metric, the verdict) and keep record.json beside them.
 
 record.json holds what LoadGen does not know of a run; run.py writes it and tools/report reads it.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import config
-from config import UserError
+from config import UserError, log_progress
 
 if TYPE_CHECKING:  # numpy
     from backends import Backend, RunOptions
@@ -25,6 +26,8 @@ ACCURACY_LOG, TRACE_LOG = "mlperf_log_accuracy.json", "mlperf_log_trace.json"
 LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY_LOG: b".\n", ACCURACY_LOG: b"]\n", TRACE_LOG: b"}\n"}
 RECORD = "record.json"
 EARLIER = "earlier"  # the folder in a log folder that keeps the logs of earlier runs
+NOT_FINITE = re.compile(r'(?<="value": )-?(inf|nan)(?=[,}])')  # as LoadGen writes such a value, which is not JSON
+JSON_NAMES = {"inf": "Infinity", "-inf": "-Infinity"}  # as Python's json module reads it
 DISK = "free disk space or set LOG_PATH to another folder"
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers", "tensorflow", "onnxruntime", "openvino")
 
@@ -49,6 +52,41 @@ METRICS = {
 }
 
 
+def log_settings() -> Any:
+    """Return LoadGen's LogSettings: the log folder, and a trace with each sample's latency, for the report."""
+    import mlperf_loadgen as lg
+
+    settings = lg.LogSettings()
+    settings.log_output.outdir = config.env("LOG_PATH", config.LOG_DIR)
+    settings.log_output.copy_summary_to_stdout = False  # it would break into a progress line; run.py prints it
+    settings.enable_trace = True  # a thread of LoadGen's writes it
+    return settings
+
+
+def prepare_log_folder(folder: str) -> None:
+    """Make the log folder, lock it until this process ends, and move an earlier run's logs to its folder earlier/TIME.
+
+    They stay inside the folder: MLCommons' automation takes each folder beside it for another mode of the run, and the
+    folder may be a mount point. Raises UserError.
+    """
+    config.lock_folder(folder, "a run, whose logs it writes")
+    try:
+        old = [name for name in os.listdir(folder) if name.startswith(("mlperf_log_", "report")) or name == RECORD]
+        if old:
+            when = max(os.path.getmtime(os.path.join(folder, name)) for name in old)
+            name = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
+            aside = os.path.join(folder, EARLIER, name)
+            while os.path.exists(aside):  # two runs ended within a second
+                aside += "-next"
+            os.makedirs(aside)
+            for name in old:
+                os.replace(os.path.join(folder, name), os.path.join(aside, name))
+            log_progress(f"moved the earlier run's logs to {os.path.relpath(aside)}")
+    except OSError as error:
+        remedy = "set LOG_PATH to another folder"
+        raise UserError(f"{folder}: cannot write logs there ({error.strerror}); {remedy}") from None
+
+
 def read_entries(folder: str) -> list[dict[str, Any]]:
     """Return the entries of LoadGen's detail log in `folder`: dicts of key, value and more.
 
@@ -61,6 +99,7 @@ def read_entries(folder: str) -> list[dict[str, Any]]:
     for number, line in enumerate(config.read_text(path, "LoadGen's log", remedy).splitlines(keepends=True), 1):
         if line.startswith(":::MLLOG ") and line.endswith("\n"):
             try:
+                line = NOT_FINITE.sub(lambda match: JSON_NAMES.get(match[0], "NaN"), line)
                 entry = json.loads(line.removeprefix(":::MLLOG "))
                 entry["key"], entry["value"]
             except (ValueError, KeyError, TypeError):

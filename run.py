@@ -20,7 +20,7 @@ import config
 import loadgen_logs
 from backends import BACKENDS, BATCH_TOKENS, DTYPES, RAY, REFUSED, RunOptions, load_backend
 from config import SCENARIOS, UserError, log_progress
-from loadgen import QUICK_S, Outcome, announce, find_peak, loadgen_settings, prepare_log_folder, run_test
+from loadgen import QUICK_S, Outcome, announce, find_peak, loadgen_settings, run_test
 
 VOCAB_PADDING = 128  # an embedding table may be padded to a multiple of at most this
 
@@ -73,7 +73,7 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
 
     add = group("LoadGen's settings")
     add("--user_conf", metavar="FILE", help="LoadGen's settings for the system (default: %(default)s)")
-    audit = "LoadGen's settings for a compliance run, used if the file exists (default: %(default)s)"
+    audit = "LoadGen's settings for a compliance run, used if the file exists (default: %(default)s or audit.config)"
     add("--audit_conf", metavar="FILE", help=audit)
     add("--mlperf_conf", metavar="FILE", help="ignored: LoadGen contains MLPerf's settings")
 
@@ -150,9 +150,9 @@ def main() -> None:
 
     if options.report and not all(map(importlib.util.find_spec, ("jinja2", "matplotlib"))):
         raise UserError("--report needs jinja2 and matplotlib; `make venv BACKEND=report` installs them")
-    settings, log_settings = loadgen_settings(options)
+    settings, log_settings, audit_conf = loadgen_settings(options)
     log_folder = log_settings.log_output.outdir
-    prepare_log_folder(log_folder)
+    loadgen_logs.prepare_log_folder(log_folder)
 
     log_progress("reading features")
     dataset, vocab_file = config.dataset_files()
@@ -179,7 +179,7 @@ def main() -> None:
         """Run one test into the log folder of `log_settings` and return its detail log."""
         folder = log_settings.log_output.outdir
         loadgen_logs.write_record(folder, record)
-        run_test(sut, settings, log_settings, options.audit_conf, outcome)
+        run_test(sut, settings, log_settings, audit_conf, outcome)
         loadgen_logs.check_logs(folder)
         entries = loadgen_logs.read_entries(folder)
         for entry in entries:
@@ -193,7 +193,7 @@ def main() -> None:
     def valid(qps: float) -> bool:
         settings.server_target_qps = qps
         log_settings.log_output.outdir = os.path.join(log_folder, f"target_qps-{qps:.6g}")
-        prepare_log_folder(log_settings.log_output.outdir)
+        loadgen_logs.prepare_log_folder(log_settings.log_output.outdir)
         log_progress(f"trying target_qps {qps:.6g}")
         log = test()
         log_progress(f"target_qps {qps:.6g}: {log['result_validity']} {log.get('result_invalid_reason', '')}")

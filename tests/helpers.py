@@ -198,11 +198,26 @@ def backend_script(folder, body="pass", concurrency=2, setup=""):
     return path
 
 
+def run_loadgen(settings, log_settings, audit_conf, samples=20):
+    """Run LoadGen's test with a system that answers at once; the arguments are what `loadgen_settings` returns."""
+    import mlperf_loadgen as lg
+
+    def issue(queries):
+        lg.QuerySamplesComplete([lg.QuerySampleResponse(query.id, 0, 0) for query in queries])
+
+    system = lg.ConstructSUT(issue, lambda: None)
+    library = lg.ConstructQSL(samples, samples, lambda indices: None, lambda indices: None)
+    settings.performance_sample_count_override = samples
+    lg.StartTestWithLogSettings(system, library, settings, log_settings, audit_conf)
+    lg.DestroyQSL(library)
+    lg.DestroySUT(system)
+
+
 @contextlib.contextmanager
 def refused(*words):
-    """Assert that the block raises a UserError of one line that holds `words`."""
+    """Assert that the block raises a UserError of one line that holds `words`; yield pytest's ExceptionInfo of it."""
     with pytest.raises(UserError) as error:
-        yield
+        yield error
     for word in (*words, ""):
         assert word in str(error.value) and "\n" not in str(error.value), f"{word!r} is not in {str(error.value)!r}"
 

@@ -176,30 +176,6 @@ def test_a_bad_model_file_is_named(command, user_conf, backend, what, name, cont
     assert not (user_conf / "intruded").exists()
 
 
-SETTINGS = [
-    ("*.Offline.target_qps =", ["key = number"]),  # no value
-    ("Offline.target_qps = 5", ["key = number"]),  # no model
-    ("*.Offline.target_qps = many", ["many"]),
-    ("*.*.target_qbs = 5", ["did you mean target_qps?"]),
-    ("*.*.colour = 5", ["does not know colour"]),
-    ("*.Sever.target_qps = 5", ["did you mean Server?"]),
-    ("bert.Offline.target_qps = 0", ["above 0"]),
-    ("*.Server.target_qps = -5", ["above 0"]),
-    ("*.Server.target_qps = nan", ["above 0"]),
-    ("*.*.target_qps = 1e10", ["below 1e+09"]),
-    ("*.SingleStream.target_latency = 0", ["above 0"]),  # LoadGen hangs
-    ("*.*.min_duration = -5", ["from 0"]),
-    ("*.Server.target_latency_percentile = 200", ["below 100"]),
-    ("*.*.mode = 1", ["--accuracy"]),  # not this run's mode
-]
-
-
-@pytest.mark.parametrize("line, words", SETTINGS)
-def test_a_line_that_loadgen_would_ignore_or_hang_on_is_named(command, user_conf, line, words):
-    put(user_conf, "c.conf", f"# settings\n{line}\n")
-    holds(command(*RUN, "--user_conf=c.conf"), "c.conf: line 2", *words)
-
-
 FLAGS = [
     (["--scenario=Sever"], ["--scenario", "did you mean Server?"]),
     (["--backend=onnxrutime"], ["--backend", "did you mean onnxruntime?"]),
@@ -225,19 +201,6 @@ FLAGS = [
 @pytest.mark.parametrize("flags, words", FLAGS)
 def test_a_wrong_flag_is_named(command, user_conf, flags, words):
     holds(command(*RUN, *flags), *words)
-
-
-@pytest.mark.parametrize("flag", ["--user_conf=c.conf", "--audit_conf=c.conf"])
-def test_settings_that_are_not_text_or_not_numbers_are_named(command, user_conf, flag):
-    put(user_conf, "c.conf", bytes(range(256)))
-    holds(command(*RUN, flag), "c.conf", "text file")
-    put(user_conf, "c.conf", "*.*.accuracy_log_rng_seed = seven")
-    holds(command(*RUN, flag), "c.conf: line 1", "seven")
-
-
-def test_a_rate_that_needs_more_samples_than_memory_holds_is_refused(command, user_conf):
-    put(user_conf, "c.conf", "*.*.target_qps = 9e8")
-    holds(command(*RUN, "--user_conf=c.conf"), "c.conf", "target_qps 9e+08", "1e+09")
 
 
 VARIABLES = [

@@ -15,8 +15,8 @@ from helpers import DEMO_ENV, ROOT, SHORT_RUNS, backend_script, fails, run_scrip
 
 from config import SCENARIOS
 from create_squad_data import load_features
-from loadgen import find_peak, prepare_log_folder
-from loadgen_logs import read_detail_log, verdict
+from loadgen import find_peak
+from loadgen_logs import prepare_log_folder, read_detail_log, verdict
 from run import check_vocab, parse_args
 
 # Every scenario forms its batches in another way; a dtype or framework changes nothing there, so two are enough for it.

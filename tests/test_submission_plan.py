@@ -81,10 +81,11 @@ def test_the_example_plan_is_valid_except_for_what_is_left_to_fill_in(monkeypatc
     assert "unknown" not in faults and "expected" not in faults and "must be" not in faults
 
 
-def test_an_audit_conf_that_run_py_would_use_in_every_run_is_refused(folder):
+@pytest.mark.parametrize("name", ["audit.conf", "audit.config"])
+def test_an_audit_file_that_run_py_would_use_in_every_run_is_refused(folder, name):
     write_plan(folder)
-    (folder / "audit.conf").touch()
-    with refused("audit.conf"):
+    (folder / name).touch()
+    with refused(f"{name}: "):
         __main__.submit("plan.toml")
     assert not (folder / "build").exists()
 

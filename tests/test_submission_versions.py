@@ -186,11 +186,11 @@ def test_the_seeds_of_a_user_conf_reach_loadgen(tmp_path, lines, expected):
     assert seed() == (expected or default)
 
 
-@pytest.mark.parametrize("value", ["1.5", "1e5", "0x10"])
+@pytest.mark.parametrize("value", ["1.5", "1e-5", "seven"])
 def test_a_seed_that_is_no_whole_number_is_refused(tmp_path, value):
     path = tmp_path / "user.conf"
     path.write_text(f"*.*.schedule_rng_seed = {value}\n")
-    with refused(str(path), "schedule_rng_seed", value, "number"):
+    with refused(str(path), "schedule_rng_seed", value):
         loadgen_settings(RunOptions(scenario="Offline", user_conf=str(path)))
 
 

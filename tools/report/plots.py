@@ -129,6 +129,7 @@ def draw_run(run: Run, out: str, prefix: str) -> Iterator[Chart]:
     unit = {"Offline": "samples", "MultiStream": "queries of 8 samples"}.get(run.scenario, "queries")
     p50, p90, p99 = map(number, np.percentile(latency, (50, 90, 99), method="higher"))
     limit = run.log.get("effective_target_latency_ns", 0) / 1e6 if run.scenario == "Server" else 0
+    limit = limit if np.isfinite(limit) else 0
     within = f"{number(100 * (latency <= limit).mean())} % within the limit of {number(limit)} ms, " if limit else ""
     summary = f"{len(latency):,} {unit}: {within}p50 {p50} ms, p90 {p90} ms, p99 {p99} ms."
 

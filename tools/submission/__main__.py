@@ -17,6 +17,7 @@ import signal
 import sys
 
 from config import UserError, argument_parser, locked_folder, log_progress, printable, run_command
+from loadgen_conf import AUDIT_FILES
 from tools.submission.check import LOG_FOLDERS, SCENARIOS, VERSIONS, check, find_version
 from tools.submission.official import checker_module, run_official
 from tools.submission.plan import read_plan
@@ -30,8 +31,8 @@ def submit(path: str, official: str | None = None) -> int:
     check_seeds(plan["user_conf"], plan["version"])
     if official:
         checker_module(official)  # before the runs, which take an hour
-    if os.path.exists("audit.conf"):
-        raise UserError("audit.conf: run.py would use it in every run; move it away")
+    for name in filter(os.path.exists, AUDIT_FILES):
+        raise UserError(f"{name}: run.py would use it in every run; move it away")
     with locked_folder(RUNS, "tools.submission"):
         common = fingerprint(plan)
         runs = {run: ensure_run(plan, common, *run) for run in itertools.product(SCENARIOS, LOG_FOLDERS)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import config
 from config import ROOT, UserError, file_digest, locked_folder, log_progress
-from loadgen import CONF_LINE, SEEDS
+from loadgen_conf import SEEDS, read_conf
 from loadgen_logs import RECORD, check_logs, read_record
 from tools.submission.check import RULES, seeds
 from tools.submission.plan import Plan, describe_machine
@@ -54,11 +54,9 @@ def scenario_settings(path: str, scenario: str) -> list[str]:
 
 def check_seeds(path: str, version: str) -> None:
     """Raise UserError if the user.conf `path` sets a seed otherwise than `version` does."""
-    for line in config.read_text(path, "LoadGen's settings", "give a text file").splitlines():
-        setting = line.partition("#")[0].strip()
-        match = CONF_LINE.fullmatch(setting)
-        if match and match[3] in SEEDS and match[4] != str(seeds(version)[match[3]]):
-            raise UserError(f"{path}: {setting!r}: the plan's version, {version}, sets the seeds; remove this line")
+    for line in read_conf(path):
+        if line.key in SEEDS and line.value != seeds(version)[line.key]:
+            raise UserError(f"{line.place}: the plan's version, {version}, sets the seeds; remove this line")
 
 
 def finished(folder: str) -> bool:
