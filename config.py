@@ -159,10 +159,13 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
 
 
-def read_text(path: str, what: str, remedy: str, encoding: str = "utf-8") -> str:
-    """Return the text of the file `path`, which holds `what`. Raises UserError, which ends with `remedy`."""
+def read_text(path: str, what: str, remedy: str, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """Return the text of the file `path`, which holds `what`; `errors` is open's, for bytes that are not text.
+
+    Raises UserError, which ends with `remedy`, if it cannot be read.
+    """
     try:
-        with open(path, encoding=encoding) as file:
+        with open(path, encoding=encoding, errors=errors) as file:
             return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read {what} ({error.strerror}); {remedy}") from None
