@@ -154,7 +154,7 @@ def read_sections(
     sections, unreadable = [], []
     # A bar if standard error is a terminal; what is logged meanwhile appears above it.
     with logging_redirect_tqdm([config.log]), tqdm(names, unit="run", disable=len(names) == 1 or None) as bar:
-        for place, (path, name) in enumerate(zip(paths, bar), 1):
+        for place, (name, path) in enumerate(zip(bar, paths), 1):
             prefix = None if len(names) > MANY else f"{place}-" if len(names) > 1 else ""
             try:
                 sections.append(read_section(path, name, out, prefix, given, form, load))

@@ -46,9 +46,12 @@ def is_number(value: Any) -> bool:
 
 
 def brief(value: Any) -> str:
-    """Return a wrong value, or its type if it is long or nested, for a note."""
-    plain = isinstance(value, str | float | bool) or (isinstance(value, int) and abs(value) < LARGEST)
-    return clean(repr(value)) if plain and len(str(value)) <= 40 else f"a long {type(value).__name__}"
+    """Return a wrong value for a note, or what it is if it is long or nested."""
+    if value is None or isinstance(value, list | dict):
+        return "null" if value is None else "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, int) and abs(value) > LARGEST:  # Python may refuse to write all its digits
+        return "a huge number"
+    return clean(repr(value)) if len(repr(value)) <= 40 else f"a text of {len(value)} characters"
 
 
 def checked_log(log: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def checked_log(log: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def checked_record(record: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Return the values of record.json that the page uses; add a note for each that has a wrong type."""
+    """Return the values of record.json, the plain ones of its other keys too; add a note for each of a wrong type."""
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(RECORD_TEXTS, (lambda value: isinstance(value, str), "a text")),
         **dict.fromkeys(RECORD_NUMBERS, (is_number, "a number")),
@@ -72,7 +75,8 @@ def checked_record(record: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         "libraries": (is_table, "texts by name"),
         "variables": (is_table, "texts by name"),
     }
-    kept = {}
+    plain = {key: value for key, value in record.items() if isinstance(value, str | bool) or is_number(value)}
+    kept = {key: value for key, value in plain.items() if key not in checks}
     for key, (fits, expected) in checks.items():
         value = record.get(key)
         if value is not None and fits(value):
