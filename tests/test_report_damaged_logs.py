@@ -253,6 +253,9 @@ def test_the_log_folders_inside_a_folder_are_found(tmp_path):
     assert sorted(found) == sorted(names) and all(folder.endswith(name) for folder, name in zip(folders, found))
     with refused("duplicated"):
         find_folders([str(tmp_path / "tree"), folders[0]])
+    for number in (10, 9, 1):
+        write_run(tmp_path / f"sweep/run_{number}")
+    assert find_folders([str(tmp_path / "sweep")])[1] == ["run_1", "run_9", "run_10"]
 
 
 def test_a_submission_shows_its_description_of_the_system_and_its_score(page, tmp_path):
@@ -344,6 +347,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
+MORE_KEYS = ["dataset", "vocab", "gpu", "accelerators", "variables", "max_examples", "memory", "name", "dtype"]
 KEYS = [
     "effective_scenario", "effective_test_mode", "effective_min_duration_ms", "effective_samples_per_query",
     "effective_target_latency_ns", "effective_target_latency_percentile", "effective_target_qps", "test_datetime",
@@ -354,7 +358,7 @@ KEYS = [
 
 @pytest.mark.slow
 @FUZZ
-@given(values=st.dictionaries(st.sampled_from([*RECORD, "dataset", "vocab", "gpu", "variables", "max_examples"]), JSON))
+@given(values=st.dictionaries(st.sampled_from([*RECORD, *MORE_KEYS]), JSON))
 def test_no_value_of_record_json_stops_the_page(tmp_path, values):
     folder = write_run(tmp_path / "run", record={**RECORD, **values})
     make_page(folder, tmp_path)

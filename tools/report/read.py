@@ -264,13 +264,18 @@ def find_folders(folders: list[str]) -> tuple[list[str], list[str]]:
     """
     found: list[str] = []
     for folder in folders:
-        inside = [] if os.path.exists(os.path.join(folder, DETAIL_LOG)) else sorted(log_folders(folder))
+        inside = [] if os.path.exists(os.path.join(folder, DETAIL_LOG)) else sorted(log_folders(folder), key=by_number)
         found += inside or [folder]
     names = run_names(found)
     if len(found) > len(folders):
         common = os.path.commonpath([os.path.abspath(folder) for folder in found])
         names = [os.path.relpath(os.path.abspath(folder), common) for folder in found]
     return found, [clean(name) for name in names]
+
+
+def by_number(path: str) -> list[str | int]:
+    """Return a key that sorts paths by the numbers in them: run_2 comes before run_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", path)]
 
 
 def log_folders(folder: str) -> Iterator[str]:

@@ -29,8 +29,9 @@ LOG_NUMBERS = re.compile(
 # Keys of record.json that the page uses, by the type of their values.
 RECORD_TEXTS = (
     "backend", "dtype", "model", "model_md5", "dataset", "vocab", "processor", "gpu", "system", "revision", "python",
+    "name", "memory",
 )  # fmt: skip
-RECORD_NUMBERS = ("batch_tokens", "workers", "max_examples", "cores", "memory_bytes")
+RECORD_NUMBERS = ("batch_tokens", "workers", "max_examples", "cores", "memory_bytes", "accelerators")
 
 
 def clean(text: str) -> str:
