@@ -256,6 +256,7 @@ def test_max_examples_may_exceed_the_data_set(copied):
     assert not read_run(str(folder), "accuracy", (None, None), ("float32", False)).notes
 
 
+@pytest.mark.slow
 def test_runs_are_compared(command, copied, tmp_path):
     first = copied("Server", trace=True)
     second = shutil.copytree(first, tmp_path / "other")
