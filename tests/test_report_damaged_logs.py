@@ -104,6 +104,7 @@ def test_a_value_of_record_json_that_cannot_be_is_named_and_left_out(page, tmp_p
     (folder / "record.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     shown = page(folder)
     assert words in shown.text and shown.badges == ["VALID"] and "50.5 samples/s" in shown.text
+    assert not re.search("None|; ,|, cores", shown.text)
 
 
 VALUES = [

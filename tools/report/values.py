@@ -31,6 +31,7 @@ RECORD_TEXTS = (
     "backend", "dtype", "model", "model_md5", "dataset", "vocab", "processor", "gpu", "system", "revision", "python",
     "name", "memory",
 )  # fmt: skip
+EMPTY = ("", "N/A", "-")  # in a submission's description of a system
 RECORD_NUMBERS = ("batch_tokens", "workers", "max_examples", "cores", "memory_bytes", "accelerators")
 
 
@@ -116,7 +117,8 @@ def described_system(folder: str, notes: list[str]) -> dict[str, Any]:
         "backend": "framework", "processor": "host_processor_model_name", "gpu": "accelerator_model_name",
         "system": "operating_system", "memory": "host_memory_capacity", "name": "system_name",
     }  # fmt: skip
-    values = {key: found[name] for key, name in texts.items() if isinstance(found.get(name), str) and found[name]}
+    named = {key: found.get(name) for key, name in texts.items()}
+    values: dict[str, Any] = {key: text for key, text in named.items() if isinstance(text, str) and text not in EMPTY}
     nodes, sockets, cores, accelerators = (
         whole_number(found.get(name))
         for name in (
@@ -128,7 +130,7 @@ def described_system(folder: str, notes: list[str]) -> dict[str, Any]:
     )
     if nodes and sockets and cores:
         values["cores"] = nodes * sockets * cores
-    if not accelerators or values.get("gpu", "N/A") in ("N/A", "-"):
+    if not accelerators:
         values.pop("gpu", None)
     elif nodes:
         values["accelerators"] = nodes * accelerators
