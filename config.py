@@ -180,13 +180,15 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
 
 
-def read_text(path: str, what: str, remedy: str, encoding: str = "utf-8", newline: str | None = None) -> str:
-    """Return the text of the file `path`, which holds `what`; `newline` as for open().
+def read_text(
+    path: str, what: str, remedy: str, encoding: str = "utf-8", errors: str = "strict", newline: str | None = None
+) -> str:
+    """Return the text of the file `path`, which holds `what`; `errors` and `newline` are those of open().
 
     Raises UserError, which ends with `remedy`.
     """
     try:
-        with open(path, encoding=encoding, newline=newline) as file:
+        with open(path, encoding=encoding, errors=errors, newline=newline) as file:
             return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read {what} ({error.strerror}); {remedy}") from None

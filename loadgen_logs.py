@@ -87,23 +87,30 @@ def prepare_log_folder(folder: str) -> None:
         raise UserError(f"{folder}: cannot write logs there ({error.strerror}); {remedy}") from None
 
 
-def read_entries(folder: str) -> list[dict[str, Any]]:
+def read_entries(folder: str, damaged: list[str] | None = None) -> list[dict[str, Any]]:
     """Return the entries of LoadGen's detail log in `folder`: dicts of key, value and more.
 
     The last line of an unfinished run may be cut off and is then left out. Raises UserError if the log is missing or
-    damaged.
+    damaged; if `damaged` is given, a line for each damaged entry is added there instead, and the others are returned.
     """
     path = os.path.join(folder, DETAIL_LOG)
     remedy = "give the log folder of a run"
     entries = []
-    for number, line in enumerate(config.read_text(path, "LoadGen's log", remedy).splitlines(keepends=True), 1):
-        if line.startswith(":::MLLOG ") and line.endswith("\n"):
+    text = config.read_text(path, "LoadGen's log", remedy, errors="strict" if damaged is None else "replace")
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        if line.startswith(":::MLLOG "):
             try:
                 line = NOT_FINITE.sub(lambda match: JSON_NAMES.get(match[0], "NaN"), line)
                 entry = json.loads(line.removeprefix(":::MLLOG "))
-                entry["key"], entry["value"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}: line {number} is damaged; {remedy}") from None
+                entry["value"]
+                if not isinstance(entry["key"], str) or not isinstance(entry.get("metadata", {}), dict):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
+                fault = f"{path}: line {number} is damaged"
+                if damaged is None:
+                    raise UserError(f"{fault}; {remedy}") from None
+                damaged.append(fault)
+                continue
             entries.append(entry)
     return entries
 

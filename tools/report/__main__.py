@@ -2,12 +2,18 @@
 
 python3 -m tools.report build/logs               one run: build/logs/report.html, and its charts as PNG files
 python3 -m tools.report logs-fp32 logs-int8      compare runs: build/report/report.html
+python3 -m tools.report build/submission         compare all runs inside a folder: build/report/report.html
 
-LOG_FOLDER is from run.py or another harness under LoadGen. The results come from LoadGen's detail log, the charts from
-its trace. `make venv BACKEND=report` installs what the command needs.
+LOG_FOLDER is from run.py or another harness under LoadGen, or contains such folders. The results come from LoadGen's
+detail log, the charts from its trace. `make venv BACKEND=report` installs what the command needs.
 """
 
+import io
+import os
+import sys
+
 import config
+from loadgen_logs import DETAIL_LOG
 from squad_eval import DTYPES
 from tools.report.page import write_report
 
@@ -17,16 +23,20 @@ def main() -> None:
     parser = config.argument_parser(__doc__)
     dataset, vocab = config.dataset_files()
     add, several = parser.add_argument, f"{config.BUILD_DIR}/report"
-    add("folders", nargs="+", metavar="LOG_FOLDER", help="folder of LoadGen's logs; several are compared")
+    add("folders", nargs="+", metavar="LOG_FOLDER", help="folder of LoadGen's logs, or of several such folders")
     add("--out", help=f"folder to write into (default: LOG_FOLDER; for several, {several})")
     add("--val_data", help=f"the runs' SQuAD v1.1 JSON file (default: that of record.json, or else {dataset})")
     add("--vocab_file", help=f"the runs' vocab.txt (default: that of record.json, or else {vocab})")
     add("--output_dtype", default="float32", choices=DTYPES, help="dtype of the responses (default: %(default)s)")
     add("--output_transposed", action="store_true", help="responses hold all start logits, then all end logits")
     args = parser.parse_args()
-    out = args.out or (args.folders[0] if len(args.folders) == 1 else several)
+    one = len(args.folders) == 1 and os.path.exists(os.path.join(args.folders[0], DETAIL_LOG))
+    out = args.out or (args.folders[0] if one else several)
     given, form = (args.val_data, args.vocab_file), (args.output_dtype, args.output_transposed)
-    print(write_report(args.folders, out, given, form))
+    path = write_report(args.folders, out, given, form)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # the path may have bytes that are not UTF-8
+    print(path)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,20 @@ STYLE = {
     "ytick.color": COLORS["muted"], "grid.color": COLORS["grid"], "grid.linewidth": 0.8, "axes.grid": True,
     "axes.grid.axis": "y", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False, "lines.linewidth": 1.8,
+    "text.parse_math": False,  # a name with $, _, ^ or \\ is not a formula
 }
 # fmt: on
 SERIES = [COLORS[f"s{number}"] for number in range(1, 7)]
 LIMIT: dict[str, Any] = {"color": COLORS["limit"], "linewidth": 1.4}
+MANY = 20  # more runs than this are compared without the charts of each
 DOTS = "#6d8fbb"  # readable on white and on black, because dots are an image and keep their color
+
+
+class Curves(NamedTuple):
+    """What a comparison shows of a run's samples: arrays of some hundred points each."""
+
+    percentiles: tuple[np.ndarray, np.ndarray]  # (places on the axis of percentiles, latency in ms)
+    throughput: tuple[np.ndarray, np.ndarray]  # (seconds, samples/s)
 
 
 class Chart(NamedTuple):
@@ -44,8 +53,8 @@ class Chart(NamedTuple):
 
 def number(value: float, digits: int = 4) -> str:
     """Return `value` as text of `digits` significant digits, with thousands separators."""
-    if value == 0 or not np.isfinite(value):
-        return f"{value:g}"
+    if not 1e-9 < abs(value) < 1e15:  # also 0, NaN and infinity
+        return f"{value:.{digits}g}"
     decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
     text = f"{value:,.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -59,13 +68,17 @@ def new_axes(title: str, x: str, y: str) -> Axes:
     return axes
 
 
-def save_chart(axes: Axes, out: str, name: str, caption: str, summary: str = "") -> Chart:
-    """Write a chart as a PNG file into the folder `out` and return it; its alt text is `summary` or the caption."""
+def save_chart(axes: Axes, out: str, name: str, caption: str, summary: str = "", bottom: float | None = 0) -> Chart:
+    """Write a chart as a PNG file into the folder `out` and return it; its alt text is `summary` or the caption.
+
+    The vertical axis begins at `bottom`, or as it is if that is None.
+    """
     figure: Any = axes.figure
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=bottom)
     if (legend := axes.get_legend_handles_labels())[0]:
         figure.legend(*legend, loc="outside lower left", ncols=2, fontsize=9)
     figure.savefig(os.path.join(out, f"report-{name}.png"), dpi=160)
+    figure.set_layout_engine("none")  # keep the layout, whose computation takes a third of the time
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
@@ -93,12 +106,19 @@ def plot_dots(axes: Axes, x: np.ndarray, y: np.ndarray, bins: int) -> None:
         axes.plot(centers, values, color=color, label=f"p{percent}", linestyle=dash)
 
 
-def plot_percentiles(axes: Axes, latency: np.ndarray, **style: Any) -> None:
-    """Plot latency over percentile, with the axis stretched towards the tail: p90 to p99 is as wide as p99 to p99.9."""
+def percentile_curve(latency: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (places on the axis of percentiles, latency), up to 600 points of N latencies.
+
+    The axis is stretched towards the tail: p90 to p99 is as wide as p99 to p99.9.
+    """
     count = len(latency)
     even, tail = np.linspace(0, count - 1, 400).astype(int), count - np.geomspace(1, count, 200).astype(int)
     keep = np.unique(np.concatenate((even, tail)))
-    axes.plot(-np.log10(1 - (keep + 0.5) / count), np.sort(latency)[keep], **style)
+    return -np.log10(1 - (keep + 0.5) / count), np.sort(latency)[keep]
+
+
+def mark_percentiles(axes: Axes) -> None:
+    """Name the percentiles on the axis of `percentile_curve`."""
     ticks = {-np.log10(1 - percent / 100): f"p{percent:g}" for percent in (50, 90, 99, 99.9, 99.99, 99.999)}
     shown = [place for place in ticks if place <= axes.dataLim.x1]
     axes.set_xticks(shown, [ticks[place] for place in shown])
@@ -139,7 +159,8 @@ def draw_run(run: Run, out: str, prefix: str) -> Iterator[Chart]:
     yield save_chart(axes, out, f"{prefix}histogram", summary)
 
     axes = new_axes("Latency by percentile", "percentile", "latency (ms)")
-    plot_percentiles(axes, latency, color=SERIES[0])
+    axes.plot(*percentile_curve(latency), color=SERIES[0])
+    mark_percentiles(axes)
     mark_target(run, limit, axes.axhline)
     yield save_chart(axes, out, f"{prefix}percentiles", f"The axis is stretched towards the slowest {unit}.", summary)
 
@@ -176,19 +197,44 @@ def draw_run(run: Run, out: str, prefix: str) -> Iterator[Chart]:
         yield save_chart(axes, out, f"{prefix}length", caption)
 
 
-def draw_comparison(runs: list[Run], out: str) -> Iterator[Chart]:
+def curves_of(run: Run) -> Curves | None:
+    """Return what a comparison shows of a run's samples, None if it has none."""
+    if not run.samples:
+        return None
+    return Curves(percentile_curve(run.samples.timings(run.scenario)[1]), throughput_curve(run.samples))
+
+
+def comparison_styles(runs: list[Run]) -> list[dict[str, Any]]:
+    """Return the style of each run's curves: all different or, of many runs, gray with the extreme results marked."""
+    names = [f" {run.name}" if run.name.startswith("_") else run.name for run in runs]  # matplotlib hides _names
+    if len(runs) <= MANY:
+        styles = zip(names, cycle(SERIES), cycle(("-", "--", "-.", ":")))
+        return [{"label": name, "color": color, "linestyle": dash} for name, color, dash in styles]
+    gray: dict[str, Any] = {"color": COLORS["muted"], "linewidth": 0.8, "alpha": 0.5}
+    styles_of = [dict(gray) for _ in runs]
+    results = [primary_metric(run.scenario, run.log) for run in runs]
+    ranked = sorted((value, place) for place, (_, value, _) in enumerate(results) if value is not None)
+    for word, color, (value, place) in zip(("lowest", "highest"), SERIES, ranked[:: max(1, len(ranked) - 1)]):
+        label = f"{word}: {number(value)} {results[place][2]}, {names[place].strip()}"
+        styles_of[place] = {"label": label, "color": color, "zorder": 3}
+    return styles_of
+
+
+def draw_comparison(runs: list[Run], curves: list[Curves | None], out: str) -> Iterator[Chart]:
     """Draw the curves of the performance runs of each scenario that has several into common charts."""
     for scenario in dict.fromkeys(run.scenario for run in runs):
-        same = [(run.name, run.samples) for run in runs if run.scenario == scenario and run.samples]
+        same = [(run, curve) for run, curve in zip(runs, curves) if run.scenario == scenario and curve]
         if len(same) < 2:
             continue
         percentiles = new_axes(f"{scenario}: latency by percentile", "percentile", "latency (ms)")
         throughput = new_axes(f"{scenario}: throughput over time", "time (s)", "throughput (samples/s)")
-        for (name, samples), color, dash in zip(same, cycle(SERIES), cycle(("-", "--", "-.", ":"))):
-            style: dict[str, Any] = {"color": color, "linestyle": dash, "label": name}
-            plot_percentiles(percentiles, samples.timings(scenario)[1], **style)
-            throughput.plot(*throughput_curve(samples), **style)
-        caption = f"Runs: {', '.join(name for name, _ in same)}."
+        shown = [run for run, _ in same]
+        for (_, curve), style in zip(same, comparison_styles(shown)):
+            percentiles.plot(*curve.percentiles, **style)
+            throughput.plot(*curve.throughput, **style)
+        mark_percentiles(percentiles)
+        names = ", ".join(run.name for run in shown)
+        caption = f"Runs: {names}." if len(shown) <= MANY else f"{len(shown)} runs; the table below has their results."
         summary = f"{caption} The tables below have the numbers."
         yield save_chart(percentiles, out, f"compare-{scenario}-percentiles", caption, summary)
         yield save_chart(throughput, out, f"compare-{scenario}-throughput", caption, summary)
