@@ -231,7 +231,7 @@ def lock_holder(folder: int) -> str:
         return "another process"
 
 
-def lock_folder(path: str, what: str, wait: bool = False) -> int | None:
+def lock_folder(path: str, what: str, wait: bool = False, remedy: str = "work in another folder") -> int | None:
     """Make the folder `path` and lock it for this process, which runs `what`, such as "a download".
 
     Returns a descriptor: the lock lasts until it is closed or the process ends. Returns None, with a notice, if the
@@ -239,29 +239,35 @@ def lock_folder(path: str, what: str, wait: bool = False) -> int | None:
     otherwise raises UserError; both name that process. Raises UserError if the folder cannot be made.
     """
     try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot use this folder ({error.strerror}); correct permissions, or {remedy}"
+        ) from None
+    try:
         import fcntl
     except ModuleNotFoundError:
         notice(f"{path}: this platform has no locks; do not start {what} there twice at the same time")
         return None
     try:
-        os.makedirs(path, exist_ok=True)
         folder = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{path}: cannot use this folder ({error.strerror}); correct permissions") from None
+        raise UserError(
+            f"{path}: cannot use this folder ({error.strerror}); correct permissions, or {remedy}"
+        ) from None
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = lock_holder(folder)
         if not wait:
             os.close(folder)
-            remedy = "wait until it ends, or work in another folder"
-            raise UserError(f"{path}: {holder} runs {what} there; {remedy}") from None
+            raise UserError(f"{path}: {holder} runs {what} there; wait until it ends, or {remedy}") from None
         log_progress(f"{path}: {holder} runs {what} there; waiting until it ends")
         fcntl.flock(folder, fcntl.LOCK_EX)
     except OSError as error:
         os.close(folder)
         if error.errno not in NO_LOCKS:
-            raise UserError(f"{path}: cannot lock this folder ({error.strerror}); work in another one") from None
+            raise UserError(f"{path}: cannot lock this folder ({error.strerror}); {remedy}") from None
         notice(f"{path}: no locks there ({error.strerror}); do not start {what} there twice at the same time")
         return None
     return folder

@@ -69,7 +69,7 @@ def prepare_log_folder(folder: str) -> None:
     They stay inside the folder: MLCommons' automation takes each folder beside it for another mode of the run, and the
     folder may be a mount point. Raises UserError.
     """
-    config.lock_folder(folder, "a run, whose logs it writes")
+    config.lock_folder(folder, "run.py", remedy="set LOG_PATH to another folder")
     try:
         old = [name for name in os.listdir(folder) if name.startswith(("mlperf_log_", "report")) or name == RECORD]
         if old:

@@ -158,7 +158,7 @@ def test_the_logits_are_those_of_hugging_faces_model(run, tmp_path, demo_feature
 
 def test_the_logs_of_earlier_runs_stay_in_the_log_folder(tmp_path, monkeypatch):
     """Two of them ended in the same second; the lock of the folder would last until this process ends."""
-    monkeypatch.setattr("config.lock_folder", lambda path, what: None)
+    monkeypatch.setattr("config.lock_folder", lambda *args, **options: None)
     logs = tmp_path / "logs"
     logs.mkdir()
     for text in ("first", "second"):

@@ -134,8 +134,8 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_continues(long
             script("run.py", "--backend=pytorch", LOG_PATH="logs"),
             "logs: process",
             "run.py",
-            "a run, whose logs it writes",
-            "another folder",
+            "runs run.py there",
+            "set LOG_PATH to another folder",
         )
         assert first.poll() is None and (tmp_path / "logs/record.json").exists()
 
