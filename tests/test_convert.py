@@ -178,19 +178,61 @@ def test_a_damaged_checkpoint_is_refused(tiny, stored, tmp_path):
         read_checkpoint(prefix, tiny.bert_config)
 
 
-def test_converted_files_whose_logits_differ_are_an_error(command, tiny, tmp_path, monkeypatch):
-    write_checkpoint(str(tmp_path / "model.ckpt"), tiny.bert_config, tiny.weights)
-    build = bert_tf_to_pytorch.build_model
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    """Write the tiny BERT's checkpoint and return the flags that name it."""
+    write_checkpoint(str(tmp_path / "source/model.ckpt"), tiny.bert_config, tiny.weights)
+    return "--tf_checkpoint", "source/model.ckpt", "--bert_config", "source/bert_config.json"
 
-    def wrong(bert_config, weights):
-        return build(bert_config, {**weights, "qa_outputs.bias": weights["qa_outputs.bias"] + np.float32(0.001)})
 
-    monkeypatch.setattr(bert_tf_to_pytorch, "build_model", wrong)
+@pytest.fixture
+def wrong(monkeypatch):
+    """Return a function that makes a converter's function build a model whose logits are 0.001, or NaN, too high."""
+
+    def call(module, function, amount):
+        build = getattr(module, function)
+
+        def changed(bert_config, weights, *args):
+            return build(bert_config, {**weights, "qa_outputs.bias": weights["qa_outputs.bias"] + amount}, *args)
+
+        monkeypatch.setattr(module, function, changed)
+
+    return call
+
+
+def test_converted_files_whose_logits_differ_are_not_kept(command, checkpoint, wrong, tmp_path, monkeypatch):
+    wrong(pytorch_to_onnx, "build_model", np.float32(0.001))
     monkeypatch.setattr(bert_tf_to_pytorch, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "set by random_logits")
-    args = ("--tf_checkpoint", "model.ckpt", "--bert_config", "bert_config.json")
-    with refused("model.onnx", "differ by 1.0e-03"):
-        command(bert_tf_to_pytorch, *args, "--pytorch_out", "model.pytorch", "--onnx_out", "model.onnx")
+    with refused("new/model.onnx", "differ by 1.0e-03", "nothing was written"):
+        command(bert_tf_to_pytorch, *checkpoint, "--pytorch_out", "new/model.pytorch", "--onnx_out", "new/model.onnx")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "module, function, amount, words",
+    [
+        (pytorch_to_onnx, "build_model", np.float32(0.001), ["differ by 1.0e-03"]),
+        (pytorch_to_onnx, "build_model", np.float32(np.nan), ["NaN"]),
+        (pytorch_to_tf, "write_checkpoint", np.float32(0.001), ["differ by 1.0e-03"]),
+        (freeze_tf, "build_graph", np.float32(np.inf), ["infinity"]),
+    ],
+)
+def test_a_converted_file_that_does_not_compute_the_same_is_not_kept(
+    command, tiny, checkpoint, wrong, tmp_path, module, function, amount, words
+):
+    """The file of an earlier conversion stays."""
+    if function == "write_checkpoint":  # (prefix, configuration, weights)
+        write = module.write_checkpoint
+        wrong(SimpleNamespace(), function, amount)
+    wrong(module, function, amount)
+    names = {pytorch_to_onnx: "--onnx_out", pytorch_to_tf: "--tf_checkpoint", freeze_tf: "--out"}
+    source = checkpoint if module is freeze_tf else ("--model", tiny.folder / "model")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/model").write_text("old")
+    with refused("new/model", "nothing was written", *words):
+        command(module, *source, names[module], "new/model")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
+    assert (tmp_path / "new/model").read_text() == "old"
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_every_form_of_a_file_gives_pytorchs_logits(load, tiny, name, options):
     batch = random_batch(384, 7, 150)
     expected = predict(load(tiny.folder / "model", "pytorch"), batch)
     backend = load(tiny.folder / name, **options)
-    assert backend.batch_policy == "single" and backend.vocab_size is None
+    assert backend.batch_policy == "single" and backend.vocab_size == 60
     assert backend.model_path == str(tiny.folder / name)
     logits = predict(backend, batch)
     assert logits.dtype == np.float32 and logits.shape == expected.shape
