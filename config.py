@@ -76,10 +76,20 @@ def model_path(backend: str, dtype: str) -> str:
 
 
 def require_model_file(path: str) -> None:
-    """Raise UserError unless the model file `path` exists."""
+    """Raise UserError unless the model file `path` exists and is not a file that only stands for it."""
     if not os.path.isfile(path):
+        fault = "a folder; name the model file in it" if os.path.isdir(path) else "no such model file"
         remedy = "`make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
-        raise UserError(f"{path}: no such model file; {remedy}")
+        raise UserError(f"{path}: {fault}; {remedy}")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(100).lstrip().lower()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror}); correct its permissions") from None
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; `git lfs pull` fetches the file")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{path}: a web page was saved in place of the file; download the file itself")
 
 
 def dataset_files() -> tuple[str, str]:

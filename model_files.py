@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import config
 from config import UserError
@@ -114,103 +114,3 @@ def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if broken:
         raise UserError(f"{path}: {broken[0]} holds NaN or infinity ({len(broken)} weights do); fetch the file again")
     return bert_config, weights
-
-
-# What the graph of a model file states: an ONNX file's is read here, a TensorFlow graph's in tf_SUT.py.
-
-
-class GraphTensor(NamedTuple):
-    """An input, an output or a constant of a graph."""
-
-    name: str
-    dtype: str  # numpy's name
-    shape: tuple[int | None, ...]  # None for a size that may vary; () also if the number of dimensions is unknown
-    values: tuple[int, ...] = ()  # of a constant of a few integers
-
-
-class GraphNode(NamedTuple):
-    """An operation of a graph."""
-
-    operator: str  # its name in the framework
-    inputs: tuple[str, ...]  # names of tensors
-    outputs: tuple[str, ...]
-    dtype: str = ""  # of the output, if the operation is a cast
-
-
-class Graph(NamedTuple):
-    """What a model file states of its computation, without the weights' values."""
-
-    inputs: list[GraphTensor]
-    outputs: list[GraphTensor]
-    nodes: list[GraphNode]
-    constants: dict[str, GraphTensor]
-    version: str  # of the file's format, for messages
-
-
-def read_onnx(path: str, weights: bool = False) -> Any:
-    """Read an ONNX file as an onnx.ModelProto, with the weights of a second file only if `weights`.
-
-    A weight that is also an input, as in the first versions of the format, is only a weight. Raises UserError if the
-    file is missing, damaged or no ONNX model, or if a file with weights is missing or too short. BERT-Large's file
-    takes 3 s and, until it is freed, 2.6 GB, less than ONNX Runtime or OpenVINO need for it.
-    """
-    config.require_model_file(path)
-    import onnx
-    from google.protobuf.message import DecodeError
-    from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
-
-    remedy = "fetch it again; `make convert` writes files that fit"
-    folder = os.path.dirname(path)
-    try:
-        model = onnx.load(path, load_external_data=False)
-        graph = model.graph
-        if not graph.node:
-            raise ValueError("it holds no graph")
-        for tensor in filter(uses_external_data, graph.initializer):
-            info = ExternalDataInfo(tensor)
-            second = os.path.join(folder, info.location)
-            end = (info.offset or 0) + (info.length or 0)
-            if not os.path.isfile(second) or os.path.getsize(second) < end:
-                fault = "is too short" if os.path.isfile(second) else "is missing"
-                raise UserError(f"{path}: its weights are in {second}, which {fault}; put that file beside it")
-        if weights:
-            load_external_data_for_model(model, folder)
-    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        line = config.first_line(error)
-        raise UserError(f"{path}: damaged or not an ONNX model ({line}); {remedy}") from None
-    names = {tensor.name for tensor in graph.initializer}
-    for value in [value for value in graph.input if value.name in names]:
-        graph.input.remove(value)
-    return model
-
-
-def onnx_graph(model: Any) -> Graph:
-    """Return what an onnx.ModelProto of `read_onnx` states."""
-    from onnx import helper, numpy_helper
-
-    def dtype(number: int) -> str:
-        try:
-            return str(helper.tensor_dtype_to_np_dtype(number).name)
-        except KeyError:
-            return f"ONNX's type {number}"
-
-    def tensor(value: Any) -> GraphTensor:  # of a ValueInfoProto
-        kind = value.type.tensor_type
-        return GraphTensor(value.name, dtype(kind.elem_type), tuple(size.dim_value or None for size in kind.shape.dim))
-
-    def constant(name: str, proto: Any) -> GraphTensor:
-        kind, shape = dtype(proto.data_type), tuple(proto.dims)
-        few = kind.startswith("int") and sum(shape) < 10 and not proto.external_data
-        return GraphTensor(name, kind, shape, tuple(numpy_helper.to_array(proto).flatten().tolist()) if few else ())
-
-    constants = {proto.name: constant(proto.name, proto) for proto in model.graph.initializer}
-    nodes = []
-    for node in model.graph.node:
-        attributes = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type == "Constant" and "value" in attributes:
-            constants[node.output[0]] = constant(node.output[0], attributes["value"].t)
-        cast = dtype(attributes["to"].i) if node.op_type == "Cast" else ""
-        nodes.append(GraphNode(node.op_type, tuple(node.input), tuple(node.output), cast))
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    version = f"IR version {model.ir_version}, opset {opset}"
-    return Graph(list(map(tensor, model.graph.input)), list(map(tensor, model.graph.output)), nodes, constants, version)

@@ -9,8 +9,8 @@ import onnxruntime
 
 import config
 from backends import RunOptions
-from graph_SUT import GraphBackend, one_line, read_onnx_graph, read_signature
-from model_files import Graph, GraphTensor
+from graph_files import Graph, GraphTensor, read_onnx_graph, read_signature
+from graph_SUT import GraphBackend, one_line
 
 CPU = "CPUExecutionProvider"
 

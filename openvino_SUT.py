@@ -8,8 +8,8 @@ import openvino
 
 import config
 from backends import RunOptions
-from graph_SUT import SHORT_NAMES, GraphBackend, one_line, read_onnx_graph, read_signature
-from model_files import Graph, GraphNode, GraphTensor
+from graph_files import SHORT_NAMES, Graph, GraphNode, GraphTensor, read_onnx_graph, read_signature
+from graph_SUT import GraphBackend, one_line
 
 # OpenVINO's names of the precisions by --dtype; with another --dtype all that is not quantized runs in f32.
 PRECISIONS = {"bf16": "bf16", "fp16": "f16"}

@@ -14,8 +14,8 @@ import tensorflow as tf
 import config
 from backends import RunOptions
 from config import UserError
-from graph_SUT import OUTPUTS, GraphBackend, one_line, read_signature
-from model_files import Graph, GraphNode, GraphTensor
+from graph_files import OUTPUTS, Graph, GraphNode, GraphTensor, read_signature
+from graph_SUT import GraphBackend, one_line
 
 INPUTS = set(chain(*config.ONNX_INPUTS))
 FAULT = "damaged or not a frozen TensorFlow graph of BERT"

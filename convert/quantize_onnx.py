@@ -19,7 +19,7 @@ from config import UserError
 from convert.pytorch_to_onnx import write_model
 from convert.verify import logits_of, new_files
 from create_squad_data import load_features, read_calibration
-from model_files import read_onnx
+from graph_files import opset, read_onnx
 from onnxruntime_SUT import OnnxModel
 from squad_QSL import SquadQSL
 
@@ -32,13 +32,12 @@ RENAMED = dict(zip(*config.ONNX_INPUTS[:2]))  # inputs of the fp32 file: those o
 def read_model(path: str) -> tuple[onnx.ModelProto, dict[str, TensorProto], list[tuple[str, str]]]:
     """Read a model: (model, {name: matrix}, [a product's (input, matrix)]), without the answer layer's 2 columns."""
     model = read_onnx(path, weights=True)
-    opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
-    if opset < OPSET:
+    if (version := opset(model)) < OPSET:
         try:
             model = version_converter.convert_version(model, OPSET)
         except Exception as error:  # onnx raises RuntimeError, protobuf its own types, above 2 GiB for example
             reason = config.first_line(error)
-            fault = f"opset {opset} cannot be converted to {OPSET}, the first with a scale per column ({reason})"
+            fault = f"opset {version} cannot be converted to {OPSET}, the first with a scale per column ({reason})"
             raise UserError(f"{path}: {fault}; export the model again with a newer opset") from None
     constants = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
     weights = {tensor.name: tensor for tensor in constants if len(tensor.dims) == 2 and tensor.dims[1] != 2}

@@ -76,10 +76,10 @@ def require_equal(files: str, logits: Sequence[np.ndarray]) -> float:
     Raises UserError, which names `files`, for NaN, infinity or a difference of 1e-4 of the largest logit (of 1 if all
     are smaller): fp32 in BERT-Large differs by about 1e-5 between frameworks.
     """
-    largest = max(np.abs(each).max() for each in logits)
-    worst = max(np.ptp(np.stack(logits), axis=0).max(), 0.0)
-    if not np.isfinite(largest):
+    together = np.stack(logits)
+    if not np.isfinite(together).all():
         raise UserError(f"{files}: the logits hold NaN or infinity; {REMEDY}")
+    largest, worst = np.abs(together).max(), np.ptp(together, axis=0).max()
     if not worst < 1e-4 * max(largest, 1):
         raise UserError(f"{files}: the logits differ by {worst:.1e} from the source's; {REMEDY}")
     return float(worst)
