@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -84,8 +84,8 @@ def nodes_and_constants(definition: Any) -> tuple[list[GraphNode], dict[str, Gra
 def read_graph(path: str) -> tuple[tf.Graph, dict[str, np.ndarray], Graph]:
     """Read a frozen graph: (graph, {name: value} of its variables, what it states). Raises UserError.
 
-    A frozen graph lists no inputs or outputs: those of a BERT's names are taken, or else the tensors that must be fed
-    and those that nothing uses.
+    A frozen graph lists no inputs or outputs. Its inputs are the tensors of a BERT's names, or else those that must be
+    fed; its outputs are those of a BERT's names and those that nothing uses.
     """
     definition = read_definition(path)
     with one_line(path, FAULT), tf.Graph().as_default() as graph:
@@ -96,15 +96,16 @@ def read_graph(path: str) -> tuple[tf.Graph, dict[str, np.ndarray], Graph]:
     ports = [port for operation in graph.get_operations() if operation.name in own for port in operation.outputs]
     used = {name for node in nodes for name in node.inputs}
 
-    def choose(names: set[str], otherwise: Callable[[tf.Tensor], bool]) -> list[GraphTensor]:
-        chosen = [port for port in ports if not names.isdisjoint((port.name, port.name.removesuffix(":0")))]
-        return [
-            GraphTensor(port.name, port.dtype.name, tuple(port.shape.as_list()) if port.shape.rank else ())
-            for port in chosen or filter(otherwise, ports)
-        ]
+    def tensor(port: tf.Tensor) -> GraphTensor:
+        return GraphTensor(port.name, port.dtype.name, tuple(port.shape.as_list()) if port.shape.rank else ())
 
-    inputs = choose(INPUTS, lambda port: port.op.type == "Placeholder")
-    outputs = choose(OUTPUTS, lambda port: port.name not in used)
+    def named(port: tf.Tensor, names: set[str]) -> bool:
+        return port.name in names or port.name.removesuffix(":0") in names
+
+    inputs = [tensor(port) for port in ports if named(port, INPUTS)]
+    inputs = inputs or [tensor(port) for port in ports if port.op.type == "Placeholder"]
+    results = [port for port in ports if named(port, OUTPUTS) and port.dtype.is_floating or port.name not in used]
+    outputs = list(map(tensor, results))
     version = f"producer version {definition.versions.producer}"
     return graph, values, Graph(inputs, outputs, nodes, constants, version)
 
