@@ -264,11 +264,11 @@ def import_fault(error: BaseException) -> tuple[str, str] | None:
     package = (error.name or "").split(".")[0] if isinstance(error, ImportError) else ""
     importing = ""  # the package that the last of the project's own files imports
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        path = frame.f_code.co_filename
-        if path.startswith(ROOT) and "site-packages" not in path:
+        path = os.path.abspath(frame.f_code.co_filename)
+        if path.startswith(ROOT + os.sep) and "site-packages" not in path:
             importing = ""
         elif frame.f_code.co_name == "<module>" and not importing:
-            importing = frame.f_globals["__name__"].split(".")[0]
+            importing = str(frame.f_globals["__name__"]).split(".")[0]
     package = importing or package
     return (package, first_line(error)) if package else None
 

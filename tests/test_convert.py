@@ -11,9 +11,11 @@ pytest.importorskip("tensorflow")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+import graph_changes
 import onnx
 import onnxruntime
 import tensorflow as tf
+from graph_changes import second_file, weights_are_inputs
 
 import bert_tf_to_pytorch
 from backends import RunOptions, load_backend
@@ -309,3 +311,43 @@ def test_a_file_without_products_to_quantize_is_refused(quantize, tiny, tmp_path
     onnx.save(model, tmp_path / "old.onnx")
     with refused("old.onnx", "opset 6"):
         quantize(range(2), "old.onnx")
+
+
+def test_the_forms_of_a_file_that_can_be_quantized(quantize, tiny, tmp_path, monkeypatch):
+    """Weights that are also inputs, as in the first IR version; weights in a second file; an older opset."""
+    batch = random_batch(60)
+    expected = logits_of(monkeypatch, "onnxruntime", tiny.folder / "model.onnx", batch)
+    for form in (weights_are_inputs, second_file(lambda path: None), graph_changes.version(ir=9)):
+        model = onnx.load(tiny.folder / "model.onnx")
+        made = form(model, tmp_path)
+        (tmp_path / "m.onnx").write_bytes(made or model.SerializeToString())
+        assert "8 products in int8" in quantize(range(2), tmp_path / "m.onnx")
+        logits = logits_of(monkeypatch, "onnxruntime", tmp_path / "int8.onnx", batch, dtype="int8")
+        assert 0 < np.abs(logits - expected).max() < 0.2 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [10, 11])
+def test_an_export_of_2019_can_be_quantized(quantize, tiny, tmp_path, monkeypatch, opset):
+    (tmp_path / "tiny").symlink_to(tiny.folder)
+    (tmp_path / "old.onnx").write_bytes(graph_changes.traced(opset)(None, tmp_path))
+    assert "12 products in int8" in quantize(range(2), tmp_path / "old.onnx")
+    batch = random_batch(60)
+    expected = logits_of(monkeypatch, "onnxruntime", tiny.folder / "model.onnx", batch)
+    logits = logits_of(monkeypatch, "onnxruntime", tmp_path / "int8.onnx", batch, dtype="int8")
+    assert 0 < np.abs(logits - expected).max() < 0.2 * np.abs(expected).max()
+
+
+def test_a_file_whose_second_file_is_missing_cannot_be_quantized(quantize, tiny, tmp_path):
+    made = second_file(lambda path: path.unlink())(onnx.load(tiny.folder / "model.onnx"), tmp_path)
+    (tmp_path / "m.onnx").write_bytes(made)
+    with refused("m.onnx", "m.onnx_data", "missing"):
+        quantize(range(2), tmp_path / "m.onnx")
+
+
+def test_an_int8_file_with_other_logits_is_not_kept(quantize, tmp_path, monkeypatch):
+    """As if the weights were rounded to a wrong scale."""
+    monkeypatch.setattr(quantize_onnx, "LIMIT", 1)
+    with refused("int8.onnx", "differ from those of", "nothing was written"):
+        quantize(range(2))
+    assert not list(tmp_path.glob("int8.onnx*"))
