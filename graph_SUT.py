@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,17 +12,6 @@ from backends import Backend
 from config import UserError
 from graph_files import REMEDY, GraphSignature
 from squad_QSL import Batch
-
-
-@contextlib.contextmanager
-def one_line(path: str, fault: str, line: Callable[[BaseException], str] = config.first_line) -> Iterator[None]:
-    """Turn any exception of a framework's, while it loads the file `path`, into a UserError of one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # each framework has a type for each kind of damage
-        raise UserError(f"{path}: {config.out_of_memory(error) or f'{fault} ({line(error)}); {REMEDY}'}") from None
 
 
 class GraphBackend(Backend):

@@ -6,10 +6,12 @@ backends describe their files as a `Graph`.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ LOGITS = "logits"  # the name of an output with the start and the end logits
 PAIRS = (("output_start_logits", "output_end_logits"), ("start_logits", "end_logits"), ("unstack:0", "unstack:1"))
 OUTPUTS = {LOGITS, *(name for pair in PAIRS for name in pair)}
 
-# Operators by their names in ONNX, ONNX Runtime and TensorFlow. These change the form of a tensor, not what it says:
+# Operators by their names in ONNX, ONNX Runtime, OpenVINO or TensorFlow. These change a tensor's form, not its meaning:
 FORM = {"Cast", "Identity", "Reshape", "DequantizeLinear", "Dequantize"}
 SHAPE = {"Squeeze", "Unsqueeze", "ExpandDims", "Flatten", "Transpose"}
 # These select rows of a table: the places of the table and of the rows' numbers among the inputs. A product with a
@@ -36,9 +38,23 @@ LOOKUPS = {
 }
 PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "Attention", "MatMulNBits", "BatchMatMul", "BatchMatMulV2", "Einsum"}
 # These quantize a tensor by a scale or a range, whose place among the inputs is 1. The others compute in int8.
-QUANTIZERS = {"QuantizeLinear", "QuantizeV2", "FakeQuantWithMinMaxVars"}
+QUANTIZERS = {"QuantizeLinear", "QuantizeV2", "FakeQuantWithMinMaxVars", "FakeQuantize"}
 DYNAMIC = ("DynamicQuantize",)  # beginnings of names
 INT8 = (*DYNAMIC, "QLinear", "QAttention", "QGemm", "MatMulInteger", "QuantizedMatMul")
+
+
+LARGE = 1000  # bytes: a field of a weight from this size on holds its values
+
+
+@contextlib.contextmanager
+def one_line(path: str, fault: str, line: Callable[[BaseException], str] = config.first_line) -> Iterator[None]:
+    """Turn any exception that a library raises while it reads the file `path` into a UserError of one line."""
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except Exception as error:  # each library has types of its own for each kind of damage
+        raise UserError(f"{path}: {config.out_of_memory(error) or f'{fault} ({line(error)}); {REMEDY}'}") from None
 
 
 class GraphTensor(NamedTuple):
@@ -69,29 +85,84 @@ class Graph(NamedTuple):
     version: str  # of the file's format, for messages
 
 
+def fields(data: Any, start: int, end: int) -> Iterator[tuple[int, slice, tuple[int, int]]]:
+    """Yield (number, place, place of the content) of each field of the protobuf message `data[start:end]`.
+
+    Raises ValueError if it is no such message.
+    """
+
+    def integer(place: int) -> tuple[int, int]:  # and the place after it
+        value = shift = 0
+        while place < end:
+            value |= (data[place] & 127) << shift
+            place, shift = place + 1, shift + 7
+            if data[place - 1] < 128:
+                return value, place
+        raise ValueError("it is cut off")
+
+    while start < end:
+        key, content = integer(start)
+        sizes = {0: 0, 1: 8, 2: 0, 5: 4}  # bytes after the key by the field's type; 0: a number, 2: any bytes
+        if key & 7 not in sizes:
+            raise ValueError("it is no protobuf message")
+        size = sizes[key & 7]
+        if key & 7 == 0:
+            size = integer(content)[1] - content
+        elif key & 7 == 2:
+            size, content = integer(content)
+        stop = content + size
+        if stop > end:
+            raise ValueError("it is cut off")
+        yield key >> 3, slice(start, stop), (content, stop)
+        start = stop
+
+
+def parse_onnx(path: str) -> Any:
+    """Return an ONNX file as an onnx.ModelProto without the values of large weights.
+
+    BERT-Large's file takes 0.1 s and 10 MB, with onnx.load 3 s and 2.6 GB. Raises ValueError or protobuf's exceptions.
+    """
+    import onnx
+
+    model = onnx.ModelProto()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for number, place, content in fields(data, 0, len(data)):
+            if number != onnx.ModelProto.GRAPH_FIELD_NUMBER:
+                model.MergeFromString(data[place])
+                continue
+            for number_in_graph, part, tensor_content in fields(data, *content):
+                if number_in_graph != onnx.GraphProto.INITIALIZER_FIELD_NUMBER:
+                    model.graph.MergeFromString(data[part])
+                    continue
+                tensor = model.graph.initializer.add()
+                for _, field, _ in fields(data, *tensor_content):
+                    if field.stop - field.start < LARGE:
+                        tensor.MergeFromString(data[field])
+    return model
+
+
 def read_onnx(path: str, weights: bool = False) -> Any:
-    """Read an ONNX file as an onnx.ModelProto, with the weights of a second file only if `weights`.
+    """Read an ONNX file as an onnx.ModelProto, with the values of large weights only if `weights`.
 
     A weight that is also an input, as in the first versions of the format, is only a weight. Raises UserError if the
-    file is missing, damaged or no ONNX model, or if a file with weights is missing or too short. BERT-Large's file
-    takes 3 s and, until it is freed, 2.6 GB, less than ONNX Runtime or OpenVINO need for it.
+    file is missing, damaged, newer than the package onnx or no ONNX model, or if a second file with weights is missing
+    or too short.
     """
     config.require_model_file(path)
     import onnx
-    from google.protobuf.message import DecodeError
     from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
 
-    remedy = "fetch it again; `make convert` writes files that fit"
     folder = os.path.dirname(path)
-    try:
-        model = onnx.load(path, load_external_data=False)
+    with one_line(path, "damaged or not an ONNX model"):
+        model = onnx.load(path, load_external_data=False) if weights else parse_onnx(path)
         graph = model.graph
         if not graph.node:
             raise ValueError("it holds no graph")
         known = onnx.IR_VERSION, onnx.defs.onnx_opset_version()
         if model.ir_version > known[0] or opset(model) > known[1]:
-            newer = f"IR version {model.ir_version}, opset {opset(model)} is newer than the {known} that onnx knows"
-            raise UserError(f"{path}: {newer}; export the model again with an older one, or update onnx")
+            fault = f"IR version {model.ir_version}, opset {opset(model)} is newer than {known[0]} and {known[1]}"
+            remedy = "export the model again with an older opset, or update onnx"
+            raise UserError(f"{path}: {fault}, the newest that onnx {onnx.__version__} knows; {remedy}")
         for tensor in filter(uses_external_data, graph.initializer):
             info = ExternalDataInfo(tensor)
             second = os.path.join(folder, info.location)
@@ -101,9 +172,6 @@ def read_onnx(path: str, weights: bool = False) -> Any:
                 raise UserError(f"{path}: its weights are in {second}, which {fault}; put that file beside it")
         if weights:
             load_external_data_for_model(model, folder)
-    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        line = config.first_line(error)
-        raise UserError(f"{path}: damaged or not an ONNX model ({line}); {remedy}") from None
     names = {tensor.name for tensor in graph.initializer}
     for value in [value for value in graph.input if value.name in names]:
         graph.input.remove(value)
@@ -131,7 +199,7 @@ def onnx_graph(model: Any) -> Graph:
 
     def constant(name: str, proto: Any) -> GraphTensor:
         kind, shape = dtype(proto.data_type), tuple(proto.dims)
-        few = kind.startswith("int") and sum(shape) < 10 and not proto.external_data
+        few = kind.startswith("int") and math.prod(shape) < 10 and not proto.external_data
         return GraphTensor(name, kind, shape, tuple(numpy_helper.to_array(proto).flatten().tolist()) if few else ())
 
     constants = {proto.name: constant(proto.name, proto) for proto in model.graph.initializer}
@@ -175,7 +243,10 @@ class GraphReader:
         if node.operator != "Reshape" or not before:
             return before
         target = self.constant(node.inputs[1])
-        sizes = [before[place] if size == 0 else size for place, size in enumerate(target.values if target else ())]
+        values = target.values if target else ()
+        sizes = [size or before[place] for place, size in enumerate(values[: len(before)])] + list(
+            values[len(before) :]
+        )
         known = math.prod(size for size in sizes if size > 0)
         return tuple(math.prod(before) // known if size < 0 else size for size in sizes)
 
@@ -192,7 +263,7 @@ class GraphReader:
                 if node.operator in FORM | SHAPE | {"OneHot"}:
                     forms += [output for output in node.outputs if output not in forms]
                 for table, numbers in LOOKUPS.get(node.operator, ()):
-                    if node.inputs[numbers] == tensor:
+                    if node.inputs[numbers : numbers + 1] == (tensor,):
                         rows += self.shape(node.inputs[table])[:1]
         return min(rows, default=None)
 
@@ -207,9 +278,12 @@ class GraphReader:
         """Return the dtype of the products with weights, by --dtype's names: that of most weights; None if unknown."""
         weights: Counter[str] = Counter()
         for node in self.graph.nodes:
-            quantizes = node.operator in QUANTIZERS and not self.constant(node.inputs[0])
-            if quantizes or node.operator.startswith(INT8):
+            if node.operator.startswith(INT8):
                 return "int8"
+            if node.operator in QUANTIZERS and not self.constant(node.inputs[0]):
+                zero = self.constant(node.inputs[2]) if node.operator == "QuantizeLinear" and node.inputs[2:] else None
+                dtype = zero.dtype if zero else "int8"
+                return "fp8" if dtype.startswith("float8") else dtype.replace("uint8", "int8")
             for name in node.inputs if node.operator in PRODUCTS else ():
                 if stored := self.constant(name):
                     dtype = self.origin(name)[1] or stored.dtype
@@ -234,11 +308,13 @@ class GraphReader:
 def read_onnx_graph(path: str) -> Graph | None:
     """Return what an ONNX file states, None if the package that reads it is missing. Raises UserError."""
     try:
-        return onnx_graph(read_onnx(path))
+        with one_line(path, "damaged or not an ONNX model"):
+            return onnx_graph(read_onnx(path))
     except ModuleNotFoundError as error:
         if error.name != "onnx":
             raise
-        config.notice("the package onnx is missing: the model's vocabulary, dtype and quantization are not checked")
+        missing = "the package onnx is missing, which reads what the file states"
+        config.notice(f"{path}: {missing}; its vocabulary, dtype and quantization may not be checked")
         return None
 
 

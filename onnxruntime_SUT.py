@@ -9,8 +9,8 @@ import onnxruntime
 
 import config
 from backends import RunOptions
-from graph_files import Graph, GraphTensor, read_onnx_graph, read_signature
-from graph_SUT import GraphBackend, one_line
+from graph_files import Graph, GraphTensor, one_line, read_onnx_graph, read_signature
+from graph_SUT import GraphBackend
 
 CPU = "CPUExecutionProvider"
 
@@ -58,7 +58,7 @@ class OnnxModel:
         disabled = {"SkipLayerNormFusion"} if on_cpu else None  # it takes longer than an addition and a norm
         with one_line(name, f"ONNX Runtime cannot load it, {graph.version if graph else 'an ONNX file'}"):
             self.session = onnxruntime.InferenceSession(path, settings, use, disabled_optimizers=disabled)
-        self.signature = read_signature(name, graph or session_graph(self.session), options.reference)
+            self.signature = read_signature(name, graph or session_graph(self.session), options.reference)
 
     def run(self, outputs: Sequence[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the tensors `outputs`, (B, length, …), for ids, mask and segments of one shape."""

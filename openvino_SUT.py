@@ -8,8 +8,8 @@ import openvino
 
 import config
 from backends import RunOptions
-from graph_files import SHORT_NAMES, Graph, GraphNode, GraphTensor, read_onnx_graph, read_signature
-from graph_SUT import GraphBackend, one_line
+from graph_files import SHORT_NAMES, Graph, GraphNode, GraphTensor, one_line, read_onnx_graph, read_signature
+from graph_SUT import GraphBackend
 
 # OpenVINO's names of the precisions by --dtype; with another --dtype all that is not quantized runs in f32.
 PRECISIONS = {"bf16": "bf16", "fp16": "f16"}
@@ -53,7 +53,7 @@ class OpenVinoBackend(GraphBackend):
         with one_line(path, f"OpenVINO cannot read it, {graph.version if graph else 'a model'}", config.last_line):
             model = core.read_model(path)
             graph = graph or ir_graph(model)
-        self.take(read_signature(path, graph, options.reference))
+            self.take(read_signature(path, graph, options.reference))
         device = "GPU" if config.use_gpu() and "GPU" in core.available_devices else "CPU"
         # In SingleStream one request at a time uses all cores; in the other scenarios requests run at once.
         hint = "LATENCY" if options.scenario == "SingleStream" else "THROUGHPUT"

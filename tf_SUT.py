@@ -14,8 +14,8 @@ import tensorflow as tf
 import config
 from backends import RunOptions
 from config import UserError
-from graph_files import OUTPUTS, Graph, GraphNode, GraphTensor, read_signature
-from graph_SUT import GraphBackend, one_line
+from graph_files import OUTPUTS, Graph, GraphNode, GraphTensor, one_line, read_signature
+from graph_SUT import GraphBackend
 
 INPUTS = set(chain(*config.ONNX_INPUTS))
 FAULT = "damaged or not a frozen TensorFlow graph of BERT"
@@ -131,9 +131,9 @@ class TensorFlowBackend(GraphBackend):
         graph, values, stated = read_graph(path)
         # On a CPU padding costs more than a batch gains, and the order in which a product adds depends on its rows.
         self.batch_policy = "mixed" if gpu else "single"
-        self.take(read_signature(path, stated, options.reference))
-        self.check_dtype(options.dtype)
         with one_line(path, f"TensorFlow cannot load it, {stated.version}"):
+            self.take(read_signature(path, stated, options.reference))
+            self.check_dtype(options.dtype)
             session = tf.compat.v1.Session(graph=graph, config=settings)
             for name in list(values):
                 session.run(f"{name}/assign", {f"{name}/value:0": values.pop(name)})
