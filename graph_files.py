@@ -120,7 +120,7 @@ def fields(data: Any, start: int, end: int) -> Iterator[tuple[int, slice, tuple[
 def parse_onnx(path: str) -> Any:
     """Return an ONNX file as an onnx.ModelProto without the values of large weights.
 
-    BERT-Large's file takes 0.1 s and 10 MB, with onnx.load 3 s and 2.6 GB. Raises ValueError or protobuf's exceptions.
+    BERT-Large's file takes 0.1 s and 1 MB, with onnx.load 3 s and 2.6 GB. Raises ValueError or protobuf's exceptions.
     """
     import onnx
 

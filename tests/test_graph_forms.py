@@ -17,7 +17,8 @@ from graph_changes import constant, node, outputs, rename, replace_table, revers
 from onnx import TensorProto
 
 from backends import RunOptions, load_backend
-from config import ONNX_INPUTS
+from config import ONNX_INPUTS, UserError
+from graph_files import onnx_graph, parse_onnx, read_onnx_graph, read_signature
 
 # How far logits may be from the tiny model's, which are up to 2.5.
 EXACT, FP16, INT8 = 1e-4, 0.02, 0.5
@@ -205,3 +206,29 @@ def test_an_onnx_file_of_every_form(check, tiny, tmp_path, what, make, result, b
     model = model if made is None else made
     (tmp_path / "m.onnx").write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
     check(tmp_path / "m.onnx", backend, result)
+
+
+def test_an_onnx_file_is_read_without_its_weights(tiny):
+    """What its own reader skips is only the values of weights."""
+    path = str(tiny.folder / "model.onnx")
+    skipped, whole = parse_onnx(path), onnx.load(path)
+    assert onnx_graph(skipped) == onnx_graph(whole)
+    assert skipped.ByteSize() < whole.ByteSize() / 4
+    assert {tensor.name for tensor in whole.graph.initializer if len(tensor.raw_data) < 900} == {
+        tensor.name for tensor in skipped.graph.initializer if tensor.raw_data
+    }
+
+
+def test_no_damaged_onnx_file_causes_a_traceback(tiny, tmp_path):
+    """Each bit of damage gives a model, which may be refused later, or one line."""
+    whole = (tiny.folder / "model.onnx").read_bytes()
+    generator = np.random.default_rng(0)
+    for place in generator.integers(len(whole), size=100):
+        (tmp_path / "m.onnx").write_bytes(whole[:place])
+        with refused("m.onnx", "not an ONNX model", "make convert"):
+            read_onnx_graph(str(tmp_path / "m.onnx"))
+        (tmp_path / "m.onnx").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            read_signature("m.onnx", read_onnx_graph(str(tmp_path / "m.onnx")), False)
+        except UserError as error:
+            assert "m.onnx" in str(error) and "\n" not in str(error)
