@@ -49,10 +49,9 @@ def main() -> None:
         models = {"tf": f"{folder}/model.pb", "pytorch": pytorch_out, "onnxruntime": onnx_out}
         write_graph(models["tf"], build_graph(bert_config, weights))
         del weights
-        samples = bert_config["vocab_size"], (MAX_SEQ_LENGTH, 178, 30)
         for backend, path in models.items():  # one process each: together, BERT-Large in three needs over 16 GiB
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                logits.append(pool.submit(random_logits, backend, path, *samples).result())
+                logits.append(pool.submit(random_logits, backend, path, (MAX_SEQ_LENGTH, 178, 30)).result())
         worst = require_equal(files, logits)
     print(f"{files}: the logits of TensorFlow, PyTorch and ONNX Runtime differ by at most {worst:.1e}")
 

@@ -18,15 +18,15 @@ def main() -> None:
     parser.add_argument("--model", default=config.PYTORCH_MODEL, help="folder or state dict (default: %(default)s)")
     parser.add_argument("--tf_checkpoint", required=True, help="output: the checkpoint's path without .index")
     args = parser.parse_args()
+    expected = random_logits("pytorch", args.model)
     bert_config, tensors = read_weights(args.model)
-    expected = random_logits("pytorch", args.model, bert_config["vocab_size"])
     with new_files(args.tf_checkpoint) as prefix, tempfile.TemporaryDirectory() as folder:
         write_checkpoint(prefix, bert_config, {name: tensor.numpy() for name, tensor in tensors.items()})
         count = len(tensors)
         del tensors  # before TensorFlow needs the memory
         graph = f"{folder}/model.pb"
         write_graph(graph, build_graph(bert_config, read_checkpoint(prefix, bert_config)))
-        require_equal(args.tf_checkpoint, [expected, random_logits("tf", graph, bert_config["vocab_size"])])
+        require_equal(args.tf_checkpoint, [expected, random_logits("tf", graph)])
     print(f"{args.tf_checkpoint}: {count} variables, which give PyTorch's logits")
 
 

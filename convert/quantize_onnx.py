@@ -17,7 +17,7 @@ import config
 from backends import RunOptions
 from config import UserError
 from convert.pytorch_to_onnx import write_model
-from convert.verify import logits_of, new_files
+from convert.verify import load_model, new_files
 from create_squad_data import load_features, read_calibration
 from graph_files import opset, read_onnx
 from onnxruntime_SUT import OnnxModel
@@ -141,11 +141,11 @@ def main() -> None:
     names = list(dict.fromkeys(name for name, _ in products))
     qsl = SquadQSL(features)
     quantize(model, weights, max_magnitudes(args.onnx, model, names, qsl, rows))
-    sample = [qsl.batch(np.array(rows[:1]))]
-    fp32 = logits_of("onnxruntime", args.onnx, sample)
+    sample = qsl.batch(np.array(rows[:1]))
+    fp32 = load_model("onnxruntime", args.onnx).predict(sample)
     with new_files(args.out, ".data") as path:
         write_model(path, model)
-        difference = relative_difference(logits_of("onnxruntime", path, sample, "int8"), fp32)
+        difference = relative_difference(load_model("onnxruntime", path, "int8").predict(sample), fp32)
         if not difference < MAX_DIFFERENCE:
             fault = f"its logits differ from those of {args.onnx} by {difference:.0%}"
             raise UserError(f"{args.out}: {fault}; nothing was written, int8 does not suit this model")

@@ -4,11 +4,11 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from backends import RunOptions, load_backend
+from backends import Backend, RunOptions, load_backend
 from config import UserError
 from squad_QSL import Batch
 
@@ -46,28 +46,31 @@ def new_files(path: str, second: str = "") -> Iterator[str]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def logits_of(backend: str, model: str, batches: Iterable[Batch], dtype: str = "fp32") -> np.ndarray:
-    """Return the logits of batches of one sample each, by a backend: float32 (tokens, 2). Raises UserError."""
+def load_model(backend: str, model: str, dtype: str = "fp32") -> Backend:
+    """Return a backend with the model in the file or folder `model`. Raises UserError."""
     before = os.environ.get("ML_MODEL_FILE_WITH_PATH")
     os.environ["ML_MODEL_FILE_WITH_PATH"] = model
     try:
-        loaded = load_backend(RunOptions(backend=backend, dtype=dtype))
+        return load_backend(RunOptions(backend=backend, dtype=dtype))
     finally:
         del os.environ["ML_MODEL_FILE_WITH_PATH"]
         if before is not None:
             os.environ["ML_MODEL_FILE_WITH_PATH"] = before
-    return np.concatenate([loaded.predict(batch) for batch in batches])
 
 
-def random_logits(backend: str, model: str, vocab_size: int, lengths: Sequence[int] = SHORT) -> np.ndarray:
-    """Return the `logits_of` random samples of these lengths, always the same: float32 (tokens, 2)."""
+def random_logits(backend: str, model: str, lengths: Sequence[int] = SHORT) -> np.ndarray:
+    """Return a backend's logits in fp32 for random samples of these lengths: float32 (tokens, 2). Raises UserError.
+
+    The samples are always the same for models of one vocabulary size.
+    """
+    loaded = load_model(backend, model)
     generator = np.random.default_rng(0)
-    batches = []
+    logits = []
     for length in lengths:
-        ids = generator.integers(vocab_size, size=(1, length), dtype=np.int32)
+        ids = generator.integers(loaded.vocab_size or 1, size=(1, length), dtype=np.int32)
         segments = (np.arange(length, dtype=np.int32) >= length // 8)[None].astype(np.int32)
-        batches.append(Batch(ids, np.ones_like(ids), segments, np.array([length], np.int32)))
-    return logits_of(backend, model, batches)
+        logits.append(loaded.predict(Batch(ids, np.ones_like(ids), segments, np.array([length], np.int32))))
+    return np.concatenate(logits)
 
 
 def require_equal(files: str, logits: Sequence[np.ndarray]) -> float:
