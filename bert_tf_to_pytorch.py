@@ -19,7 +19,7 @@ from backends import RunOptions, load_backend
 from config import UserError
 from convert.pytorch_to_onnx import build_model, write_model
 from create_squad_data import MAX_SEQ_LENGTH
-from model_files import read_config
+from model_files import read_config, write_config
 from squad_QSL import Batch
 
 
@@ -47,11 +47,14 @@ def main() -> None:
     parser.add_argument("--pytorch_out", default=config.PYTORCH_MODEL, help="default: %(default)s")
     parser.add_argument("--onnx_out", default=config.ONNX_MODEL, help="default: %(default)s")
     args = parser.parse_args()
+    remedy, kind = "give another --pytorch_out or free disk", "a PyTorch state dict"
+    config.require_different_files(args.onnx_out, args.pytorch_out)
+    config.require_replaceable(args.pytorch_out, kind, remedy)
+    config.require_replaceable(args.onnx_out, "an ONNX model", "give another --onnx_out")
     bert_config = read_config(args.bert_config)
     weights = read_checkpoint(args.tf_checkpoint, bert_config)
-    remedy = "give another --pytorch_out or free disk"
-    config.write_json(os.path.join(os.path.dirname(args.pytorch_out), "bert_config.json"), bert_config, remedy)
-    with config.atomic_write(args.pytorch_out, remedy) as file:
+    write_config(os.path.dirname(args.pytorch_out), bert_config, remedy)
+    with config.atomic_write(args.pytorch_out, remedy, kind) as file:
         torch.save({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()}, file)
     write_model(args.onnx_out, build_model(bert_config, weights))
     logits = []

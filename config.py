@@ -6,14 +6,18 @@ automation start every script in the project's folder.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import IO, Any, NoReturn
+
+from file_kinds import KINDS, file_start
 
 ROOT = os.path.dirname(os.path.abspath(__file__))  # the project's folder
 BUILD_DIR = "build"
@@ -64,22 +68,72 @@ def env(name: str, default: str) -> str:
     return os.environ.get(name) or default
 
 
+@functools.cache  # so that a command asks the hub once
+def local_model(model: str) -> str:
+    """Return the path `model`, or that of the local copy if it names a model of Hugging Face's hub: hf://ORG/NAME.
+
+    tools/hub.py describes these names and fetches the model. Raises UserError if that fails.
+    """
+    if not model.startswith("hf://"):
+        return model
+    from tools.hub import HubError, fetch  # not at the top, because Ray's nodes do not have the folder
+
+    try:
+        path, remark = fetch(model)
+    except HubError as error:
+        raise UserError(f"{model}: {error}") from None
+    log_progress(f"{model} is {path}")
+    if remark:
+        notice(f"{model}: {remark}")
+    return path
+
+
 def model_path(backend: str, dtype: str) -> str:
-    """Return the path of the model that `backend` (a key of backends.BACKENDS) runs in `dtype`."""
+    """Return the path of the model that `backend` (a key of backends.BACKENDS) runs in `dtype`. Raises UserError."""
     onnx = ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL
-    return env("ML_MODEL_FILE_WITH_PATH", {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}.get(backend, onnx))
+    default = {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}.get(backend, onnx)
+    return local_model(env("ML_MODEL_FILE_WITH_PATH", default))
 
 
 def require_model_file(path: str) -> None:
-    """Raise UserError unless the model file `path` exists."""
+    """Raise UserError unless the model file `path` exists and is not a file that only stands for it."""
     if not os.path.isfile(path):
+        fault = "a folder; name the model file in it" if os.path.isdir(path) else "no such model file"
         remedy = "`make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
-        raise UserError(f"{path}: no such model file; {remedy}")
+        raise UserError(f"{path}: {fault}; {remedy}")
+    try:
+        refuse_placeholder(path, file_start(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror}); correct its permissions") from None
 
 
-def dataset_files() -> tuple[str, str]:
-    """Return the paths of the data set and of the vocabulary."""
-    return env("DATASET_FILE", DATASET), env("VOCAB_FILE", VOCAB)
+# What the help of a command says of the flags that it passes to `dataset_files`.
+DATASET_DEFAULT = f"(default: DATASET_FILE, or {DATASET})"
+VOCAB_DEFAULT = f"(default: VOCAB_FILE, or the one beside the model, or {VOCAB})"
+
+
+def dataset_files(dataset: str | None = None, vocab_file: str | None = None) -> tuple[str, str]:
+    """Return the paths of the data set and of the vocabulary; a command passes those that its flags name.
+
+    Without a flag, DATASET_FILE and VOCAB_FILE name them. Without VOCAB_FILE it is the vocab.txt beside the model of
+    ML_MODEL_FILE_WITH_PATH, or else BERT-Large's. Raises UserError if a model of the hub cannot be fetched.
+    """
+    dataset, vocab_file = dataset or env("DATASET_FILE", DATASET), vocab_file or env("VOCAB_FILE", "")
+    if not vocab_file and (model := env("ML_MODEL_FILE_WITH_PATH", "")):
+        vocab_file = vocab_beside(local_model(model)) or ""
+    return dataset, vocab_file or VOCAB
+
+
+@functools.cache  # so that a command says it once
+def vocab_beside(model: str) -> str | None:
+    """Return the path of the vocab.txt in the folder of `model` (a path) and say that it is used; None without one."""
+    folder = model if os.path.isdir(model) else os.path.dirname(model)
+    # Exporters write onnx/model.onnx beside the vocabulary.
+    for place in (folder, os.path.dirname(folder)) if os.path.basename(folder) == "onnx" else (folder,):
+        if os.path.isfile(path := os.path.join(place, "vocab.txt")):
+            log_progress(f"using the vocabulary beside the model, {path}; VOCAB_FILE names another")
+            return path
+    return None
 
 
 def onnx_inputs(path: str, found: Collection[str]) -> tuple[str, str, str]:
@@ -150,20 +204,34 @@ def last_line(error: BaseException | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def file_digest(path: str, algorithm: str = "sha256") -> str:
-    """Return the digest of a file in hexadecimal. Raises UserError if the file cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror})") from None
+def file_digest(path: str, algorithm: str = "sha256", *more: str) -> str:
+    """Return the digest of a file in hexadecimal, or of several as if they were one. Raises UserError."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    for name in (path, *more):
+        try:
+            with open(name, "rb") as file:
+                while data := file.read(1 << 20):
+                    digest.update(data)
+        except OSError as error:
+            raise UserError(f"{name}: cannot read it ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def refuse_placeholder(path: str, start: bytes) -> None:
+    """Raise UserError if `start`, a file's first bytes, shows that a failed download left something in its place."""
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; `git lfs pull` fetches the file")
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)", start, re.IGNORECASE):
+        raise UserError(f"{path}: a web page was saved in place of the file; download the file itself")
 
 
 def read_text(path: str, what: str, remedy: str, encoding: str = "utf-8") -> str:
     """Return the text of the file `path`, which holds `what`. Raises UserError, which ends with `remedy`."""
     try:
         with open(path, encoding=encoding) as file:
-            return file.read()
+            text = file.read()
+        refuse_placeholder(path, text[:100].encode(errors="replace"))
+        return text
     except OSError as error:
         raise UserError(f"{path}: cannot read {what} ({error.strerror}); {remedy}") from None
     except UnicodeDecodeError as error:
@@ -179,12 +247,32 @@ def read_json(path: str, what: str, remedy: str, encoding: str = "utf-8") -> Any
         raise UserError(f"{path}: {what} is not valid JSON ({error}); {remedy}") from None
 
 
+def require_replaceable(path: str, kind: str, remedy: str) -> None:
+    """Raise UserError, which ends with `remedy`, if the file `path` holds something that is not of `kind`.
+
+    `kind` is a key of KINDS. A command whose output follows much work calls this before the work, too.
+    """
+    try:
+        if os.path.isfile(path) and os.path.getsize(path) and not KINDS[kind](path):
+            raise UserError(f"{path}: exists and is not {kind}, so it is not replaced; {remedy}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror}); {remedy}") from None
+
+
+def require_different_files(output: str, *inputs: str) -> None:
+    """Raise UserError if the file `output` is one of `inputs`."""
+    if os.path.realpath(output) in map(os.path.realpath, inputs):
+        raise UserError(f"{output}: is named as input and as output; give another path for the output")
+
+
 @contextlib.contextmanager
-def atomic_write(path: str, remedy: str) -> Iterator[IO[bytes]]:
+def atomic_write(path: str, remedy: str, kind: str) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the block succeeds, and make the folder if it is missing.
 
-    Raises UserError, which ends with `remedy`, if the file cannot be written.
+    Raises UserError, which ends with `remedy`, if the file cannot be written, or if `path` holds something that is not
+    of `kind`, a key of KINDS.
     """
+    require_replaceable(path, kind, remedy)
     target = os.path.realpath(path)  # a symbolic link stays, and a device such as /dev/null is written directly
     device = os.path.exists(target) and not os.path.isfile(target)
     part = target if device else f"{target}.{os.getpid()}.part"
@@ -202,9 +290,9 @@ def atomic_write(path: str, remedy: str) -> Iterator[IO[bytes]]:
                 os.unlink(part)
 
 
-def write_json(path: str, value: Any, remedy: str) -> None:
-    """Write `value` to the JSON file `path` atomically. Raises UserError, which ends with `remedy`."""
-    with atomic_write(path, remedy) as file:
+def write_json(path: str, value: Any, remedy: str, kind: str) -> None:
+    """Write `value` to the JSON file `path` as `atomic_write` does. Raises UserError, which ends with `remedy`."""
+    with atomic_write(path, remedy, kind) as file:
         file.write(json.dumps(value, indent=1).encode())
 
 

@@ -24,6 +24,9 @@ DOC_STRIDE = 128  # MLPerf's doc_stride: passage tokens from the start of one wi
 MAX_QUERY_LENGTH = 64  # MLPerf's max_query_length: question tokens that are kept
 CACHE_VERSION = 1  # raise it if the features of unchanged input change
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+MARKER = re.compile(r"\[.*\]|<.*>")  # such as [CLS] and [unused0]: no word, in a vocabulary of any kind
+# Hugging Face's names and values of the settings of Google BERT's uncased tokenization.
+UNCASED = {"do_lower_case": True, "strip_accents": True, "tokenize_chinese_chars": True, "do_basic_tokenize": True}
 WORD = re.compile("[^ \t\r\n\u202f]+")  # run_squad.py splits a passage into these
 
 
@@ -109,7 +112,25 @@ def read_vocab(path: str) -> dict[str, int]:
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"{path}: the vocabulary lacks {', '.join(missing)}; {remedy}")
+    cased = [token for token in tokens if token != token.lower() and not MARKER.fullmatch(token)]
+    if cased:
+        fault = f"{len(cased)} tokens of the vocabulary have capital letters, such as {cased[0]!r}"
+        raise UserError(f"{path}: {fault}; features are uncased, so give an uncased model and its vocabulary")
+    require_uncased(os.path.dirname(path))
     return vocab
+
+
+def require_uncased(folder: str) -> None:
+    """Raise UserError if a tokenizer_config.json in `folder` says that its model needs another tokenization."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.isfile(path):
+        return
+    settings = config.read_json(path, "the tokenizer's configuration", "correct or remove it")
+    for name, supported in UNCASED.items():
+        value = settings.get(name) if isinstance(settings, dict) else None
+        if value is not None and value != supported:
+            fault = f"{name} is {value!r}, but features are made with {supported!r}, as for Google's uncased BERT"
+            raise UserError(f"{path}: {fault}; give an uncased model and its vocabulary")
 
 
 def uncased() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
@@ -186,7 +207,7 @@ def read_cache(path: str) -> dict[str, np.ndarray]:
 def write_cache(path: str, arrays: dict[str, Any]) -> None:
     """Write `arrays` to the cache file `path`, or give a notice if that fails."""
     try:
-        with config.atomic_write(path, "continuing without this cache") as file:
+        with config.atomic_write(path, "continuing without this cache", "a cache") as file:
             np.savez(file, **arrays)
     except UserError as error:
         config.notice(str(error))
@@ -236,14 +257,15 @@ def read_calibration(path: str, squad: Squad, features: Features) -> np.ndarray:
 def main() -> None:
     """Write the features of a data set to an .npz file."""
     parser = config.argument_parser(__doc__)
-    dataset, vocab_file = config.dataset_files()
     names = ("input_ids", "input_mask", "segment_ids")
-    parser.add_argument("--dataset", default=dataset, help="SQuAD v1.1 JSON file (default: %(default)s)")
-    parser.add_argument("--vocab_file", default=vocab_file, help="BERT's vocab.txt (default: %(default)s)")
+    parser.add_argument("--dataset", help=f"SQuAD v1.1 JSON file {config.DATASET_DEFAULT}")
+    parser.add_argument("--vocab_file", help=f"BERT's vocab.txt {config.VOCAB_DEFAULT}")
     parser.add_argument("--out", default="features.npz", help=f"output: {', '.join(names)}, int32, (features, 384)")
     args = parser.parse_args()
-    squad, features = load_features(args.dataset, args.vocab_file)
-    with config.atomic_write(args.out, "give another --out") as file:
+    remedy, kind = "give another --out", "a file of features"
+    config.require_replaceable(args.out, kind, remedy)
+    squad, features = load_features(*config.dataset_files(args.dataset, args.vocab_file))
+    with config.atomic_write(args.out, remedy, kind) as file:
         np.savez(file, **{name: getattr(features, name) for name in names})
     print(f"{args.out}: {len(squad.questions)} examples, {len(features)} features of {MAX_SEQ_LENGTH} tokens")
 

@@ -159,15 +159,17 @@ def new_record(options: RunOptions, backend: Backend, batch_tokens: int) -> dict
 
 
 def finish_record(record: dict[str, Any]) -> None:
-    """Add the end of the run and the model's md5 (3 s for BERT-Large's file)."""
+    """Add the end of the run and the md5 of the model's weights (3 s for BERT-Large's file)."""
+    from model_files import model_files  # not at the top, because it imports numpy
+
     record["finished"] = timestamp()
     if record["model"] and os.path.isfile(record["model"]):
-        record["model_md5"] = config.file_digest(record["model"], "md5")
+        record["model_md5"] = model_files(record["model"]).digest("md5")
 
 
 def write_record(folder: str, record: dict[str, Any]) -> None:
     """Write `record` to record.json in `folder`. Raises UserError."""
-    config.write_json(os.path.join(folder, RECORD), record, DISK)
+    config.write_json(os.path.join(folder, RECORD), record, DISK, "a run's record")
 
 
 def read_record(folder: str) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def score_log(squad: Squad, features: Features, vocab: dict[str, int], logits: L
 def print_scores(squad: Squad, features: Features, vocab: dict[str, int], logits: Logits, path: str) -> None:
     """Score `logits`, write {question id: answer} to the JSON file `path` and print {"exact_match": X, "f1": Y}."""
     scores, answers = score_log(squad, features, vocab, logits)
-    config.write_json(path, answers, "give another folder or free disk space")
+    config.write_json(path, answers, "give another file or free disk space", "a file of answers")
     print(json.dumps(scores), flush=True)
 
 

@@ -58,7 +58,7 @@ def build_graph(bert_config: dict[str, Any], weights: Weights, shape: tuple[Any,
 
 def write_graph(path: str, graph: Any) -> None:
     """Write a GraphDef to the file `path`. Raises UserError."""
-    with config.atomic_write(path, "give another --out or free disk") as file:
+    with config.atomic_write(path, "give another --out or free disk", "a TensorFlow graph") as file:
         file.write(graph.SerializeToString())
 
 
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--out", default=config.TF_MODEL, help="default: %(default)s")
     parser.add_argument("--published", action="store_true", help="fix the inputs' shape at MLPerf's (1, 384)")
     args = parser.parse_args()
+    config.require_replaceable(args.out, "a TensorFlow graph", "give another --out")
     bert_config = read_config(args.bert_config)
     weights = read_checkpoint(args.tf_checkpoint, bert_config)
     write_graph(args.out, build_graph(bert_config, weights, (1, MAX_SEQ_LENGTH) if args.published else (None, None)))

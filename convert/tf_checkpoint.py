@@ -2,6 +2,8 @@
 
 import os
 import re
+import tempfile
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import tensorflow as tf
 
 import config
 from config import UserError
-from model_files import check_shapes, weight_shapes
+from model_files import check_shapes, weight_shapes, write_config
 
 Weights = dict[str, np.ndarray]  # {Hugging Face's name: float32 array}
 
@@ -23,7 +25,7 @@ RENAMED = (  # these replacements, in this order, turn a Hugging Face name into 
     (r"\.weight$", ".kernel"),
     (r"\.", "/"),
 )
-UNUSED = re.compile(r".*/adam_[mv]$|global_step$|bert/pooler/|cls/predictions/|cls/seq_relationship/")  # in inference
+MODEL = ("bert/embeddings/", "bert/encoder/", "cls/squad/")  # where a BERT for question answering has its variables
 
 
 def variables(bert_config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -37,10 +39,22 @@ def variables(bert_config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ..
     return table
 
 
+def is_unused(name: str, expected: Collection[str]) -> bool:
+    """Return whether a variable is not a part of the model: `expected` are the names of the model's variables.
+
+    These are variables elsewhere, such as step counters and other heads, and what an optimizer keeps for each variable
+    of the model: PREFIX/NAME, NAME/SUFFIX, or both.
+    """
+    if name in expected:
+        return False
+    return not name.startswith(MODEL) or any(name.startswith(f"{variable}/") for variable in expected)
+
+
 def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
     """Read the checkpoint `prefix`, a path without .index. Raises UserError if it is not a usable one of this BERT."""
     if not os.path.isfile(f"{prefix}.index"):
         raise UserError(f"{prefix}.index: no such file; give a path without .index, `make setup` fetches BERT-Large")
+    config.require_model_file(f"{prefix}.index")
     expected = variables(bert_config)
     try:
         reader = tf.train.load_checkpoint(prefix)
@@ -48,9 +62,9 @@ def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
         arrays = {name: reader.get_tensor(name).astype(np.float32) for name in expected if name in found}
     except Exception as error:  # TensorFlow has a type for each kind of damage
         raise UserError(f"{prefix}: damaged or not a checkpoint ({config.first_line(error)}); fetch it again") from None
-    skipped = [name for name in found if name not in expected and UNUSED.match(name)]
-    used = {name: shape for name, shape in found.items() if name not in skipped}
-    check_shapes(prefix, "the BERT configuration", used, {name: shape for name, (_, shape) in expected.items()})
+    skipped = [name for name in found if is_unused(name, expected)]
+    shapes = {name: shape for name, (_, shape) in expected.items()}
+    check_shapes(prefix, "the BERT configuration", found, shapes, skipped)
     broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
         raise UserError(f"{prefix}: {broken[0]} holds NaN or infinity ({len(broken)} variables do); fetch it again")
@@ -60,12 +74,20 @@ def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
 
 def write_checkpoint(prefix: str, bert_config: dict[str, Any], weights: Weights) -> None:
     """Write `weights` as the checkpoint `prefix`, with bert_config.json beside it. Raises UserError."""
-    remedy = "give another path or free disk"
-    config.write_json(os.path.join(os.path.dirname(prefix), "bert_config.json"), bert_config, remedy)
+    remedy, folder = "give another path or free disk", os.path.dirname(prefix) or "."
+    data = f"{prefix}.data-00000-of-00001"
+    config.require_replaceable(f"{prefix}.index", "the index of a TensorFlow checkpoint", remedy)
+    if os.path.exists(data) and not os.path.exists(f"{prefix}.index"):
+        raise UserError(f"{data}: exists without its index, so it is not replaced; {remedy}")
+    write_config(folder, bert_config, remedy)
     arrays = {google_name: weights[name] for google_name, (name, _) in variables(bert_config).items()}
     tensors = {name: array.T if name.endswith("/kernel") else array for name, array in arrays.items()}
     values, slices = list(tensors.values()), [""] * len(tensors)
     try:
-        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(tensors), shape_and_slices=slices, tensors=values)
-    except tf.errors.OpError as error:
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            new = os.path.join(part, os.path.basename(prefix))
+            tf.raw_ops.SaveV2(prefix=new, tensor_names=list(tensors), shape_and_slices=slices, tensors=values)
+            for end in (".data-00000-of-00001", ".index"):
+                os.replace(f"{new}{end}", f"{prefix}{end}")
+    except (OSError, tf.errors.OpError) as error:
         raise UserError(f"{prefix}: cannot write the checkpoint ({config.first_line(error)}); {remedy}") from None

@@ -186,10 +186,8 @@ def make_document(part: str, passages: int, seed: int) -> dict[str, Any]:
 
 def write(path: str, document: dict[str, Any]) -> None:
     """Write a SQuAD document and print its size."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(document, file, ensure_ascii=False)
-        file.write("\n")
+    with config.atomic_write(path, "move it away", "a SQuAD file") as file:
+        file.write(f"{json.dumps(document, ensure_ascii=False)}\n".encode())
     questions = sum(len(paragraph["qas"]) for article in document["data"] for paragraph in article["paragraphs"])
     print(f"{path}: {len(document['data'])} passages, {questions} questions, {os.path.getsize(path):,} bytes")
 

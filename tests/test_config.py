@@ -9,22 +9,24 @@ from helpers import refused
 
 import config
 
+ANSWERS = "a file of answers"
+
 
 def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
     path = tmp_path / "folder/file.json"
-    config.write_json(str(path), {"a": 1}, "give another file")
-    with pytest.raises(ZeroDivisionError), config.atomic_write(str(path), "give another file") as file:
+    config.write_json(str(path), {"a": "1"}, "give another file", ANSWERS)
+    with pytest.raises(ZeroDivisionError), config.atomic_write(str(path), "give another file", ANSWERS) as file:
         file.write(b"half")
         raise ZeroDivisionError
-    assert path.read_text() == '{\n "a": 1\n}' and os.listdir(path.parent) == ["file.json"]
+    assert path.read_text() == '{\n "a": "1"\n}' and os.listdir(path.parent) == ["file.json"]
 
 
 def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
-    (tmp_path / "target").write_text("old")
+    (tmp_path / "target").write_text("{}")
     (tmp_path / "link").symlink_to("target")
-    config.write_json(str(tmp_path / "link"), 7, "give another file")
+    config.write_json(str(tmp_path / "link"), 7, "give another file", ANSWERS)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "7"
-    config.write_json("/dev/null", 7, "give another file")
+    config.write_json("/dev/null", 7, "give another file", ANSWERS)
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
@@ -33,7 +35,7 @@ def test_a_path_that_cannot_be_written_is_named_with_the_remedy(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     os.mkdir("folder")
     with refused(name, words, "give another file"):
-        config.write_json(name, 7, "give another file")
+        config.write_json(name, 7, "give another file", ANSWERS)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ them. LoadGen is left out: with a backend that computes nothing it handles over 
 """
 
 import argparse
+import glob
+import hashlib
 import multiprocessing
 import os
 import queue
@@ -50,8 +52,19 @@ def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarra
 
 
 def convert_model(backend: str, dtype: str, folder: str) -> str:
-    """Return the model for `backend` in `dtype`, converted from the one in `folder` (Hugging Face's form)."""
-    prefix = os.path.join(FOLDER, os.path.basename(os.path.normpath(folder)))
+    """Return the model for `backend` in `dtype`, converted from the one in `folder` (Hugging Face's form).
+
+    The name of a converted model has a digest of all that it is made from, so that an old one is not used.
+    """
+    if backend == "pytorch":
+        return folder
+    files = model_files(folder)
+    inputs = [files.config_file, *sorted(glob.glob(f"{config.ROOT}/convert/*.py"))]
+    if dtype == "int8":
+        calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
+        inputs += [*config.dataset_files(), *filter(os.path.isfile, [calibration])]
+    key = hashlib.sha256("".join([files.digest(), *map(config.file_digest, inputs)]).encode()).hexdigest()
+    prefix = os.path.join(FOLDER, f"{os.path.basename(os.path.normpath(folder))}-{key[:12]}")
 
     def convert(name: str, module: str, *args: str) -> str:
         path = f"{prefix}-{name}"
@@ -62,8 +75,6 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
                 raise config.UserError(f"{path}: convert.{module} failed; run `make venv BACKEND=convert` first")
         return path
 
-    if backend == "pytorch":
-        return folder
     if backend == "tf":
         convert("tf/model.ckpt.index", "pytorch_to_tf", "--model", folder, "--tf_checkpoint")
         source = ("--tf_checkpoint", f"{prefix}-tf/model.ckpt", "--bert_config", f"{prefix}-tf/bert_config.json")
@@ -239,8 +250,9 @@ def main() -> None:
     """Measure the runs that the command line names and print the table."""
     args = parse_args()
     dataset, vocab_file = config.dataset_files()
+    os.environ["VOCAB_FILE"] = vocab_file  # for the processes whose model lies in another folder
     squad, features = load_features(dataset, vocab_file)
-    given = os.environ.get("ML_MODEL_FILE_WITH_PATH")
+    given = config.local_model(os.environ.get("ML_MODEL_FILE_WITH_PATH", ""))
     folder = given or os.path.join(FOLDER, "bert-large-random")
     if not given and not os.path.exists(folder):
         import torch
@@ -253,7 +265,7 @@ def main() -> None:
         os.rename(f"{folder}.part", folder)
     if not given and not os.environ.get("CALIBRATION_FILE"):  # random weights need no calibration on a hundred samples
         os.environ["CALIBRATION_FILE"] = os.path.join(FOLDER, "calibration.txt")
-        with config.atomic_write(os.environ["CALIBRATION_FILE"], REMEDY) as file:
+        with config.atomic_write(os.environ["CALIBRATION_FILE"], REMEDY, "a calibration list") as file:
             file.write(b"0\n1\n2\n3\n")
     bert_config = read_config(model_files(folder)[0])
     rows = spread_samples(features.lengths, min(args.samples, len(features)))
@@ -287,11 +299,11 @@ def main() -> None:
     gemm = ", ".join(f"{name} {rate / 1e9:.0f} Gop/s" for name, rate in peak.items())
     note = f"{folder}, {len(query)} samples of {tokens:.0f} tokens on average; rounds: {args.rounds}; peak GEMM: {gemm}"
     print(text, note, sep="\n\n")
-    with config.atomic_write(os.path.join(FOLDER, "table.md"), REMEDY) as file:
+    with config.atomic_write(os.path.join(FOLDER, "table.md"), REMEDY, "a benchmark's table") as file:
         file.write(f"{text}\n\n{note}\n".encode())
     rates, latencies = {run.name: run.rates for run in runs}, {run.name: run.latencies for run in runs}
     result = {"note": note, "rows": table, "rates": rates, "latencies_ms": latencies}
-    config.write_json(os.path.join(FOLDER, "table.json"), result, REMEDY)
+    config.write_json(os.path.join(FOLDER, "table.json"), result, REMEDY, "a benchmark's results")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 python3 -m tools.download                      for every backend and for `make convert`
 python3 -m tools.download --backend=pytorch    for this backend
 
-`make setup` runs it. It leaves correct files alone, renames a file with a wrong md5 to NAME.old, and resumes an
+`make setup` runs it. It leaves correct files alone, renames a file with a wrong md5 to NAME.old (or NAME.old.2, …), and resumes an
 interrupted download (NAME.part). MODEL_MIRROR may name a folder, or the http(s) address of one, that has the files.
 """
 
 import fcntl
+import itertools
 import os
 import shutil
 import time
@@ -120,6 +121,12 @@ def download(url: str, part: str, total: int | None) -> None:
                 time.sleep(WAIT_S * 2 ** (failures - 1))
 
 
+def unused_name(path: str) -> str:
+    """Return `path`, or else the first of PATH.2, PATH.3, … that does not exist."""
+    names = itertools.chain([path], (f"{path}.{number}" for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def fetch(file: File, source: str, total: int | None) -> None:
     """Bring one file of the manifest to its path. Raises UserError."""
     part = f"{file.path}.part"
@@ -135,7 +142,7 @@ def fetch(file: File, source: str, total: int | None) -> None:
             raise UserError(f"{source}: not the published file (md5 {found}, not {file.md5}); try later, or {MIRROR}")
         return fetch(file, source, total)  # the interrupted download may have been of another file
     if os.path.exists(file.path):
-        os.replace(file.path, f"{file.path}.old")
+        os.replace(file.path, unused_name(f"{file.path}.old"))
     return os.replace(part, file.path)
 
 
@@ -168,7 +175,7 @@ def main() -> None:
     folder, mirror = os.path.dirname(config.DATASET), os.environ.get("MODEL_MIRROR", "")
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, ".lock"), "w") as lock:
+        with open(os.path.join(folder, ".lock"), "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -86,7 +86,7 @@ def write_report(folders: list[str], out: str, given: Paths = (None, None), form
     functions = (primary_metric, latencies, settings, system, compare, worst_answers, number)
     environment.globals.update({function.__name__: function for function in functions}, official_ms=OFFICIAL_MS)
     path = os.path.join(out, "report.html")
-    with config.atomic_write(path, "name another folder with --out") as file, rc_context(STYLE):
+    with config.atomic_write(path, "name another folder with --out", "a report") as file, rc_context(STYLE):
         charts = [list(draw_run(run, out, f"{place}-" if len(runs) > 1 else "")) for place, run in enumerate(runs, 1)]
         content = {"runs": runs, "charts": charts, "comparison": list(draw_comparison(runs, out))}
         environment.get_template("template.html").stream(content, written=timestamp()).dump(file, "utf-8")

@@ -80,7 +80,7 @@ def read_trace(folder: str) -> Samples | None:
 def use_data_set(run: Run, given: Paths, form: Form) -> None:
     """Score an accuracy run, or set the lengths of a performance run's samples; add a note if the files do not fit."""
     recorded = run.record.get("dataset"), run.record.get("vocab")
-    dataset, vocab = (name or own or default for name, own, default in zip(given, recorded, config.dataset_files()))
+    dataset, vocab = config.dataset_files(given[0] or recorded[0], given[1] or recorded[1])
     lost = "score" if run.accuracy else "chart of latency by sequence length"
     effect = f"so there is no {lost}; name the run's files with --val_data and --vocab_file"
     for path in (dataset, vocab):

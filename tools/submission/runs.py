@@ -8,25 +8,30 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distributions
 from typing import Any
 
 import config
 from config import ROOT, UserError, file_digest, log_progress
-from loadgen_logs import RECORD, check_logs, read_record
+from loadgen_logs import LIBRARIES, RECORD, check_logs, read_record
+from model_files import CONFIG_FILES, model_files
 from tools.submission.check import RULES
 from tools.submission.plan import Plan, describe_machine
 
 RUN_LOG, INPUTS = "run.log", "run.json"  # in a run's folder: run.py's output, the run's inputs
 # The project's files that a run uses. The rest of convert/ only writes model files, which are inputs themselves.
 SOURCES = ("*.py", "bert_config.json", "convert/calibration.py")
+PACKAGES = {*LIBRARIES, "onnxruntime-gpu", "ray", "safetensors"}  # those that compute
 # TEST01 is a performance run (LoadGen's mode 2).
 AUDIT_CONFIG = "*.*.mode = 2\n" + "".join(f"*.*.{key} = {value}\n" for key, value in RULES["test01"]["audit"].items())
 
 
 def file_hashes(path: str) -> dict[str, str]:
-    """Return {name: sha256} of a model: of the files in the folder `path`, or of a file and its bert_config.json."""
+    """Return {name: sha256} of a model: of the files in its folder, or of a file, its parts and its configuration."""
+    path = config.local_model(path)
     folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
-    names = [name, "bert_config.json"] if name else sorted(os.listdir(folder))
+    parts = map(os.path.basename, model_files(path).parts if name else ())
+    names = [name, *parts, *CONFIG_FILES] if name else sorted(os.listdir(folder))
     return {name: file_digest(file) for name in names if os.path.isfile(file := os.path.join(folder, name))}
 
 
@@ -35,6 +40,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     sources = [name for pattern in SOURCES for name in glob.glob(pattern, root_dir=ROOT)]
     return {
         "machine": describe_machine(),
+        "packages": {dist.name: dist.version for dist in distributions() if dist.name.lower() in PACKAGES},
         "model": file_hashes(plan["model"]),
         **{name: file_digest(plan[name]) for name in ("dataset", "vocab", "calibration") if plan.get(name)},
         "variables": {name: os.environ[name] for name in config.COMPUTE_VARIABLES if os.environ.get(name)},
@@ -85,7 +91,7 @@ def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> 
     line, status = execute(command, {**os.environ, **files, **others}, f"{folder}/{RUN_LOG}")
     if status:
         raise UserError(f"{folder}: {line or f'run.py ended with status {status}'}; {RUN_LOG} there has its output")
-    config.write_json(f"{folder}/{INPUTS}", inputs, "free disk space")
+    config.write_json(f"{folder}/{INPUTS}", inputs, "free disk space", "a run's inputs")
     return folder
 
 

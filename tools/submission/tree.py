@@ -18,15 +18,19 @@ from tools.submission.runs import AUDIT_CONFIG, common_backend, file_hashes
 Runs = dict[tuple[str, str], str]  # {(scenario, key of LOG_FOLDERS): the run's folder}
 TREE = f"{BUILD_DIR}/submission"
 DISK, LOG_REMEDY = "free disk space", "remove the run's folder"
+NEW = "a new file"  # the tree is empty at first
 
 
 def write_tree(plan: Plan, runs: Runs) -> None:
     """Replace the folder TREE by the tree of finished runs."""
     backend = common_backend(list(runs.values()), plan["dtype"])
+    foreign = set(os.listdir(TREE) if os.path.isdir(TREE) else ()) - set(RULES["divisions"])
+    if foreign:
+        raise UserError(f"{TREE}: holds {min(foreign)}, which is not a part of a submission's tree; move it away")
     shutil.rmtree(TREE, ignore_errors=True)
     top = f"{TREE}/{plan['division']}/{plan['submitter']}"
     system, benchmark = plan["system_name"], plan["benchmark"]
-    write_json(f"{top}/systems/{system}.json", describe_system(plan, backend), DISK)
+    write_json(f"{top}/systems/{system}.json", describe_system(plan, backend), DISK, NEW)
     copy_source(f"{top}/code/{benchmark}" if plan["version"] == "v5.1" else f"{top}/src")
     if plan["dtype"] == "int8":
         values = {"list": os.path.basename(plan["calibration"]), "digest": file_digest(plan["calibration"])}
@@ -46,7 +50,7 @@ def write_scenario(folder: str, plan: Plan, scenario: str, runs: Runs, backend: 
     measurements = {name: plan[name] for name in ("retraining", "weight_transformations")}
     measurements |= {"input_data_types": "int32", "weight_data_types": plan["dtype"]}
     measurements["starting_weights_filename"] = os.path.basename(os.path.normpath(plan["model"]))
-    write_json(f"{folder}/measurements.json", measurements, DISK)
+    write_json(f"{folder}/measurements.json", measurements, DISK, NEW)
     accuracy_score = score(plan, accuracy)
     write_accuracy(f"{folder}/accuracy", accuracy, accuracy_score)
     write(f"{folder}/TEST01/verify_performance.txt", verify_performance(scenario, performance, test))
@@ -68,7 +72,7 @@ def write_scenario(folder: str, plan: Plan, scenario: str, runs: Runs, backend: 
 
 def write(path: str, text: str) -> None:
     """Write the file `path`, and its folder if it is missing."""
-    with atomic_write(path, DISK) as file:
+    with atomic_write(path, DISK, NEW) as file:
         file.write(text.encode())
 
 
