@@ -259,10 +259,10 @@ def require_replaceable(path: str, kind: str, remedy: str) -> None:
         raise UserError(f"{path}: cannot read it ({error.strerror}); {remedy}") from None
 
 
-def require_different_files(output: str, *inputs: str) -> None:
-    """Raise UserError if the file `output` is one of `inputs`."""
-    if os.path.realpath(output) in map(os.path.realpath, inputs):
-        raise UserError(f"{output}: is named as input and as output; give another path for the output")
+def require_different_files(output: str, *others: str) -> None:
+    """Raise UserError if the file `output` is one of `others`, a command's inputs and other outputs."""
+    if os.path.realpath(output) in map(os.path.realpath, others):
+        raise UserError(f"{output}: the command line names it twice; give another path for the output")
 
 
 @contextlib.contextmanager

@@ -182,6 +182,22 @@ def read_config(path: str) -> dict[str, Any]:
     return bert_config
 
 
+def compare_configs(path: str, bert_config: dict[str, Any]) -> None:
+    """Give a notice if a configuration of the other name, beside the file `path`, differs from its `bert_config`.
+
+    The shapes of the weights do not show the number of heads, so a run with the wrong file would only score badly.
+    """
+    folder, name = os.path.split(path)
+    other = os.path.join(folder, CONFIG_FILES[1 - CONFIG_FILES.index(name)] if name in CONFIG_FILES else "")
+    if path == config.BERT_CONFIG or not os.path.isfile(other):
+        return
+    found = config.read_json(other, "the model's configuration", "correct or remove it")
+    found = found if isinstance(found, dict) else {}
+    differing = [name for name in WIDTHS + COUNTS if found.get(name, bert_config[name]) != bert_config[name]]
+    if differing:
+        config.notice(f"{path} and {other} differ in {', '.join(differing)}; using the former")
+
+
 def weight_shapes(bert_config: dict[str, Any]) -> Shapes:
     """Return the shapes of the weights of a BERT with this configuration."""
     hidden, inner = bert_config["hidden_size"], bert_config["intermediate_size"]
@@ -257,25 +273,22 @@ def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = files.weights
     config.require_model_file(path)
     bert_config = read_config(files.config_file)
+    compare_configs(files.config_file, bert_config)
     tensors = read_tensors(path, read_index(path) if path.endswith(INDEX) else None)
     shapes = weight_shapes(bert_config)
     ignored = sorted(name for name in tensors if not is_weight(name))
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_shapes(path, files.config_file, found, shapes, ignored)
     if odd := [name for name in shapes if not tensors[name].is_floating_point()]:
-        fault = (
-            f"{odd[0]} is {tensors[odd[0]].dtype}, not a floating-point type; give the model before its quantization"
-        )
-        raise UserError(f"{path}: {fault}")
+        dtype, remedy = tensors[odd[0]].dtype, "give the model before its quantization"
+        raise UserError(f"{path}: {odd[0]} is {dtype}, not a floating-point type; {remedy}")
     weights = {name: tensors[name].detach().float() for name in shapes}
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} holds NaN or infinity ({len(broken)} weights do); fetch the file again")
     if ignored:
-        more = " and others" if len(ignored) > 3 else ""
-        config.notice(
-            f"{path}: question answering does not use {', '.join(ignored[:3])}{more} ({len(ignored)} tensors)"
-        )
+        names = ", ".join(ignored[:3] + ["…"] * (len(ignored) > 3))
+        config.notice(f"{path}: question answering does not use {names} ({len(ignored)} tensors)")
     return bert_config, weights
 
 

@@ -3,8 +3,9 @@
 python3 -m tools.download                      for every backend and for `make convert`
 python3 -m tools.download --backend=pytorch    for this backend
 
-`make setup` runs it. It leaves correct files alone, renames a file with a wrong md5 to NAME.old (or NAME.old.2, …), and resumes an
-interrupted download (NAME.part). MODEL_MIRROR may name a folder, or the http(s) address of one, that has the files.
+`make setup` runs it. It leaves correct files alone, renames a file with a wrong md5 to NAME.old (or NAME.old.2, …),
+and resumes an interrupted download (NAME.part). MODEL_MIRROR may name a folder, or the http(s) address of one, that has
+the files.
 """
 
 import fcntl
