@@ -43,11 +43,12 @@ def is_unused(name: str, expected: Collection[str]) -> bool:
     """Return whether a variable is not a part of the model: `expected` are the names of the model's variables.
 
     These are variables elsewhere, such as step counters and other heads, and what an optimizer keeps for each variable
-    of the model: PREFIX/NAME, NAME/SUFFIX, or both.
+    of the model: SCOPE/NAME, NAME/SLOT, or NAME_slot_SLOT as Mesh TensorFlow writes it.
     """
     if name in expected:
         return False
-    return not name.startswith(MODEL) or any(name.startswith(f"{variable}/") for variable in expected)
+    slots = (name.startswith((f"{variable}/", f"{variable}_slot_")) for variable in expected)
+    return not name.startswith(MODEL) or any(slots)
 
 
 def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:

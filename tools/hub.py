@@ -12,7 +12,7 @@ import os
 import re
 from fnmatch import fnmatch
 
-NAME = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@(refs/\w+/\w+|[^/]+))?(?:/(.+))?")
+NAME = re.compile(r"hf://([\w.-]+/[\w.-]+|[\w.-]+(?=@|$))(?:@(refs/\w+/\w+|[^/]+))?(?:/(.+))?")
 SMALL = ("config.json", "tokenizer_config.json", "adapter_config.json", "vocab.txt")
 # The forms of weights, in the order of model_files.WEIGHT_FILES: what must be there, and the shards of an index.
 WEIGHTS = (
@@ -73,7 +73,7 @@ def fetch(name: str) -> tuple[str, str]:
     except errors.GatedRepoError:
         raise HubError("access must be granted; accept the model's terms on the hub, and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
-        raise HubError(f"the model has no revision {revision}; correct or remove it") from None
+        raise HubError(f"the model has no revision {revision or 'main'}; correct or remove it") from None
     except errors.RepositoryNotFoundError:
         fault = f"{constants.ENDPOINT} has no such model, or none that HF_TOKEN gives access to"
         raise HubError(f"{fault}; correct the name, or set HF_TOKEN") from None
