@@ -50,11 +50,13 @@ def with_keys(*keys: str) -> Recognizer:
     return json_object(lambda value: value.keys() >= set(keys))
 
 
+# The caches that commands name themselves, by a digest. They are made again, whatever damaged them.
+CACHE_NAME = re.compile(r"(features|int8)-[0-9a-f]{16}\.npz")
 # In a zip file, the first member's name begins at byte 30.
 ZIP = rb"PK\x03\x04.{26}"
 KINDS: dict[str, Recognizer] = {
     "a new file": lambda path: False,
-    "a cache": starts(ZIP + rb"key\.npy"),
+    "a cache": lambda path: bool(CACHE_NAME.fullmatch(os.path.basename(path))) or starts(ZIP + rb"key\.npy")(path),
     "a file of features": starts(ZIP + rb"input_ids\.npy"),
     "a PyTorch state dict": starts(ZIP + rb"[^/]+/(data\.pkl|\.format_version)|\x80\x02\x8a\nl\xfc\x9cF\xf9"),
     # Protocol buffers. ONNX: the field ir_version and the next field; TensorFlow: a first node's name and operator.

@@ -126,14 +126,14 @@ def run_folder(**changes):
     def key(folder):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runs, "execute", lambda *_: ("", 0))
-            patch.setattr(runs, "describe_machine", lambda: {"host_processor_model_name": PROCESSOR[0]})
+            patch.setattr(runs, "describe_machine", PROCESSOR.copy)
             made = plan(**changes)
             return runs.ensure_run(made, runs.fingerprint(made), "Server", "performance")
 
     return key
 
 
-PROCESSOR = ["a"]
+PROCESSOR = {"host_processor_model_name": "a"}
 SUBMISSION = {
     "the weights": other_weights,
     "the configuration": edit(CONFIG, '"num_attention_heads": 3', '"num_attention_heads": 2'),
@@ -144,7 +144,7 @@ SUBMISSION = {
     "LoadGen's settings": edit("user.conf", "Server.target_qps = 7", "Server.target_qps = 8"),
     "a variable": set_variable("USE_GPU", "0"),
     "a package": set_value(runs, "distributions", lambda: [SimpleNamespace(name="torch", version="0.0")]),
-    "the processor": lambda patch: patch.setitem(PROCESSOR, 0, "b"),
+    "the processor": lambda patch: patch.setitem(PROCESSOR, "host_processor_model_name", "b"),
     "the code": set_value(runs, "SOURCES", ("run.py",)),
 }
 

@@ -39,6 +39,24 @@ def test_a_path_that_cannot_be_written_is_named_with_the_remedy(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
+    "content, words",
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer, not the file itself"),
+        ("<!DOCTYPE html>\n<html>", "a web page was saved in place of the file"),
+        ("\ufeff \n<HTML lang=en>", "a web page was saved in place of the file"),
+    ],
+)
+def test_what_a_failed_download_left_is_recognized_in_any_file(tmp_path, content, words):
+    path = tmp_path / "file"
+    path.write_text(content)
+    for read in (config.read_text, config.read_json):
+        with refused("file: ", words):
+            read(str(path), "the data set", "give another")
+    with refused("file: ", words):
+        config.require_model_file(str(path))
+
+
+@pytest.mark.parametrize(
     "script, name",
     [
         ("run.py", "run.py"),

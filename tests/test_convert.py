@@ -1,6 +1,7 @@
 """The conversions between PyTorch, TensorFlow's checkpoint and graph, ONNX and int8; and input that does not fit."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -273,8 +274,9 @@ def test_a_calibration_list_of_another_data_set_is_refused(quantize, lines, word
 
 def test_a_file_without_products_to_quantize_is_refused(quantize, tiny, tmp_path):
     quantize(range(2))
-    with refused("int8.onnx", "fp32"):
-        quantize(range(2), "int8.onnx")
+    os.rename(tmp_path / "int8.onnx", tmp_path / "done.onnx")
+    with refused("done.onnx", "fp32"):
+        quantize(range(2), "done.onnx")
     (tmp_path / "text.onnx").write_text("a text")
     for name in ("text.onnx", "nowhere.onnx"):
         with refused(name):

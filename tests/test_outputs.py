@@ -8,10 +8,13 @@ import pytest
 from helpers import DEMO_ENV, ROOT, random_bert, refused
 
 import config
-from create_squad_data import load_features
+import squad_eval
+from create_squad_data import load_features, read_vocab
 from file_kinds import KINDS
 from loadgen_logs import write_record
 from model_files import write_config
+from tools import download
+from tools.submission import tree
 
 DEMO = ROOT / "demo/model"
 NOTES = b"my notes\n"
@@ -140,11 +143,64 @@ def test_a_users_file_named_as_a_cache_is_left_with_a_notice(tmp_path, caplog):
     assert "exists and is not a cache, so it is not replaced; continuing without this cache" in caplog.text
 
 
-def test_the_file_of_anothers_record_is_left(tmp_path):
-    (tmp_path / "record.json").write_text('{"artist": "Lund"}')
-    with refused("record.json: exists and is not a run's record"):
-        write_record(str(tmp_path), {"started": "now"})
-    assert (tmp_path / "record.json").read_text() == '{"artist": "Lund"}'
+def write_chart(folder):
+    from matplotlib.figure import Figure
+
+    from tools.report.plots import save_chart
+
+    save_chart(Figure().add_subplot(), str(folder), "latency", "caption")
+
+
+def write_answers(folder):
+    squad, features = load_features(DEMO_ENV["DATASET_FILE"], DEMO_ENV["VOCAB_FILE"], str(folder / "cache"), 1)
+    zeros = np.zeros((1, features.input_ids.shape[1]), np.float32)
+    logits = squad_eval.Logits(np.array([0]), zeros, zeros)
+    squad_eval.print_scores(squad, features, read_vocab(DEMO_ENV["VOCAB_FILE"]), logits, str(folder / "answers.json"))
+
+
+def write_questions(folder):
+    from demo.make_data import write
+
+    write(str(folder / "dev.json"), {"version": "1.1", "data": []})
+
+
+WRITERS = {
+    "report-latency.png": write_chart,
+    "answers.json": write_answers,
+    "dev.json": write_questions,
+    "record.json": lambda folder: write_record(str(folder), {"started": "now"}),
+    "bert_config.json": lambda folder: write_config(str(folder), {}, "give another folder"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_writer_leaves_a_file_of_another_kind_alone(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"artist": ["Lund"]}')
+    with refused(f"{name}: exists and is not a", "so it is not replaced"):
+        WRITERS[name](tmp_path)
+    assert (tmp_path / name).read_bytes() == b'{"artist": ["Lund"]}'
+
+
+def test_a_download_keeps_every_earlier_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").write_bytes(b"published")
+    file = download.File("data/file", "", config.file_digest("source", "md5"), ())
+    for content in (b"first", b"second", b"third"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data/file").write_bytes(content)
+        download.fetch(file, "source", None)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    assert found == {"file": b"published", "file.old": b"first", "file.old.2": b"second", "file.old.3": b"third"}
+
+
+def test_a_folder_that_is_not_a_submissions_tree_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tree, "common_backend", lambda *_: "PyTorch, cpu, fp32")
+    (tmp_path / tree.TREE).mkdir(parents=True)
+    (tmp_path / tree.TREE / "notes").write_bytes(NOTES)
+    with refused("build/submission: holds notes, which is not a part of a submission's tree; move it away"):
+        tree.write_tree({"dtype": "fp32"}, {})
+    assert (tmp_path / tree.TREE / "notes").read_bytes() == NOTES
 
 
 def test_an_empty_file_and_a_file_of_the_kind_are_replaced(tmp_path):

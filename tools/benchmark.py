@@ -59,15 +59,12 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
     if backend == "pytorch":
         return folder
     files = model_files(folder)
-    inputs = [files.config_file, *sorted(glob.glob(f"{config.ROOT}/convert/*.py"))]
-    if dtype == "int8":
-        calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
-        inputs += [*config.dataset_files(), *filter(os.path.isfile, [calibration])]
-    key = hashlib.sha256("".join([files.digest(), *map(config.file_digest, inputs)]).encode()).hexdigest()
-    prefix = os.path.join(FOLDER, f"{os.path.basename(os.path.normpath(folder))}-{key[:12]}")
+    sources = [files.config_file, *sorted(glob.glob(f"{config.ROOT}/convert/*.py"))]
+    digests = [files.digest(), *map(config.file_digest, sources)]
 
     def convert(name: str, module: str, *args: str) -> str:
-        path = f"{prefix}-{name}"
+        key = hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+        path = os.path.join(FOLDER, f"{os.path.basename(os.path.normpath(folder))}-{key}-{name}")
         if not os.path.exists(path):
             config.log_progress(f"writing {path}")
             command = [sys.executable, "-m", f"convert.{module}", *args, path.removesuffix(".index")]
@@ -76,11 +73,16 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
         return path
 
     if backend == "tf":
-        convert("tf/model.ckpt.index", "pytorch_to_tf", "--model", folder, "--tf_checkpoint")
-        source = ("--tf_checkpoint", f"{prefix}-tf/model.ckpt", "--bert_config", f"{prefix}-tf/bert_config.json")
+        index = convert("tf/model.ckpt.index", "pytorch_to_tf", "--model", folder, "--tf_checkpoint")
+        beside = os.path.join(os.path.dirname(index), "bert_config.json")
+        source = ("--tf_checkpoint", index.removesuffix(".index"), "--bert_config", beside)
         return convert("model.pb", "freeze_tf", *source, "--out")
     onnx = convert("model.onnx", "pytorch_to_onnx", "--model", folder, "--onnx_out")
-    return convert("int8.onnx", "quantize_onnx", "--onnx", onnx, "--out") if dtype == "int8" else onnx
+    if dtype != "int8":
+        return onnx
+    calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
+    digests += map(config.file_digest, filter(os.path.isfile, (*config.dataset_files(), calibration)))
+    return convert("int8.onnx", "quantize_onnx", "--onnx", onnx, "--out")
 
 
 def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model: str) -> None:
