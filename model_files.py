@@ -114,7 +114,10 @@ def model_files(model: str) -> ModelFiles:
 
 def find_weights(folder: str) -> str:
     """Return the path of the weights in a folder of Hugging Face's form. Raises UserError."""
-    names = sorted(os.listdir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot read the folder ({error.strerror}); correct its permissions") from None
     for name in WEIGHT_FILES:
         if name in names:
             return os.path.join(folder, name)

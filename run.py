@@ -136,6 +136,8 @@ def main() -> None:
 
     if options.report and not all(map(importlib.util.find_spec, ("jinja2", "matplotlib"))):
         raise UserError("--report needs jinja2 and matplotlib; `make venv BACKEND=report` installs them")
+    if options.accuracy:
+        config.require_replaceable(config.PREDICTIONS, "a file of answers", "move it away")
     settings, log_settings = loadgen_settings(options)
     log_folder = log_settings.log_output.outdir
     prepare_log_folder(log_folder)

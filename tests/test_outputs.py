@@ -98,6 +98,14 @@ def test_a_kind_is_recognized_and_told_from_all_others(written, tmp_path, kind):
         assert not KINDS[kind](str(tmp_path / "other")), content
 
 
+def test_a_run_that_could_not_save_its_answers_does_not_start(command, tmp_path):
+    path = tmp_path / config.PREDICTIONS
+    path.parent.mkdir(parents=True)
+    path.write_bytes(NOTES)
+    line = command("run.py", "--backend=pytorch", "--accuracy")
+    assert line == f"{config.PREDICTIONS}: exists and is not a file of answers, so it is not replaced; move it away"
+
+
 COMMANDS = {
     "features": ("create_squad_data.py", "--out"),
     "answers": ("accuracy-squad.py", "--out_file"),
