@@ -143,12 +143,13 @@ def read_index(path: str) -> dict[str, str]:
 
 
 def external_data(path: str) -> list[str]:
-    """Return the names of the files in which an ONNX file keeps weights: protobuf strings after the key "location"."""
+    """Return the files beside an ONNX file in which it keeps weights: protobuf strings after the key "location"."""
     if not os.path.isfile(path) or not os.path.getsize(path):
         return []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = re.finditer(rb"\n\x08location\x12([\x01-\x7f])", data)
-        return sorted({data[match.end() : match.end() + match[1][0]].decode(errors="replace") for match in found})
+        names = {data[match.end() : match.end() + match[1][0]].decode(errors="replace") for match in found}
+    return sorted(name for name in names if os.path.isfile(os.path.join(os.path.dirname(path), name)))
 
 
 def read_config(path: str) -> dict[str, Any]:
