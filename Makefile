@@ -61,7 +61,7 @@ demo: $(call packages,$(DEMO_BACKEND)) $(DEMO_MODEL) ## run the embedded tiny BE
 	$(DEMO) --accuracy
 	$(DEMO) --quick
 
-build/demo/model.ckpt.index: demo/model/model.safetensors | $(call packages,convert)
+build/demo/model.ckpt.index: demo/model/model.safetensors demo/model/config.json | $(call packages,convert)
 	$(PYTHON) -m convert.pytorch_to_tf --model demo/model --tf_checkpoint build/demo/model.ckpt
 
 build/demo/model.pb: build/demo/model.ckpt.index

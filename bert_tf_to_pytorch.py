@@ -14,7 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 import config
 from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
-from model_files import read_config
+from files import atomic_write, require_different_files, require_replaceable
+from model_files import read_config, write_config
 
 
 def main() -> None:
@@ -32,6 +33,10 @@ def main() -> None:
     parser.add_argument("--pytorch_out", default=config.PYTORCH_MODEL, help="default: %(default)s")
     parser.add_argument("--onnx_out", default=config.ONNX_MODEL, help="default: %(default)s")
     args = parser.parse_args()
+    remedy, kind = "give another --pytorch_out or free disk", "a PyTorch state dict"
+    require_different_files(args.onnx_out, args.pytorch_out)
+    require_replaceable(args.pytorch_out, kind, remedy)
+    require_replaceable(args.onnx_out, "an ONNX model", "give another --onnx_out")
     bert_config = read_config(args.bert_config)
     weights = read_checkpoint(args.tf_checkpoint, bert_config)
     files = f"{args.pytorch_out}, {args.onnx_out}"
@@ -41,9 +46,8 @@ def main() -> None:
         new_files(args.onnx_out, ".data") as onnx_out,
         tempfile.TemporaryDirectory() as folder,
     ):
-        remedy = "give another --pytorch_out or free disk"
-        config.write_json(os.path.join(os.path.dirname(pytorch_out), "bert_config.json"), bert_config, remedy)
-        with config.atomic_write(pytorch_out, remedy) as file:
+        write_config(os.path.dirname(pytorch_out), bert_config, remedy)
+        with atomic_write(pytorch_out, remedy, kind) as file:
             torch.save({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()}, file)
         write_model(onnx_out, build_model(bert_config, weights))
         models = {"tf": f"{folder}/model.pb", "pytorch": pytorch_out, "onnxruntime": onnx_out}

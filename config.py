@@ -6,16 +6,14 @@ automation start every script in the project's folder.
 
 import argparse
 import contextlib
-import errno
-import hashlib
-import json
+import functools
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from types import TracebackType
-from typing import IO, Any, NoReturn
+from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.abspath(__file__))  # the project's folder
 BUILD_DIR = "build"
@@ -48,9 +46,6 @@ TF_THREADS = ("TF_INTRA_OP_PARALLELISM_THREADS", "TF_INTER_OP_PARALLELISM_THREAD
 THREADS = ("MLC_MAX_NUM_THREADS", "OMP_NUM_THREADS", *TF_THREADS)
 COMPUTE_VARIABLES = ("USE_GPU", "ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER", *THREADS)
 
-# What flock reports on a file system without locks: Lustre, some NFS (EBADF: it locks only files open for writing).
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
-
 log = logging.getLogger("bert")
 
 
@@ -73,32 +68,60 @@ def env(name: str, default: str) -> str:
     return os.environ.get(name) or default
 
 
-def model_path(backend: str, dtype: str) -> str:
-    """Return the path of the model that `backend` (a key of backends.BACKENDS) runs in `dtype`."""
-    onnx = ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL
-    return env("ML_MODEL_FILE_WITH_PATH", {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}.get(backend, onnx))
+@functools.cache  # so that a command asks the hub once
+def local_model(model: str) -> str:
+    """Return the path `model`, or that of the local copy if it names a model of Hugging Face's hub: hf://ORG/NAME.
 
+    tools/hub.py describes these names and fetches the model. Raises UserError if that fails.
+    """
+    if not model.startswith("hf://"):
+        return model
+    from tools.hub import HubError, fetch  # not at the top, because Ray's nodes do not have the folder
 
-def require_model_file(path: str) -> None:
-    """Raise UserError unless the model file `path` exists and is not a file that only stands for it."""
-    if not os.path.isfile(path):
-        fault = "a folder; name the model file in it" if os.path.isdir(path) else "no such model file"
-        remedy = "`make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
-        raise UserError(f"{path}: {fault}; {remedy}")
     try:
-        with open(path, "rb") as file:
-            start = file.read(100).lstrip().lower()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror}); correct its permissions") from None
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a Git LFS pointer, not the file itself; `git lfs pull` fetches the file")
-    if start.startswith((b"<!doctype html", b"<html")):
-        raise UserError(f"{path}: a web page was saved in place of the file; download the file itself")
+        path, remark = fetch(model)
+    except HubError as error:
+        raise UserError(f"{model}: {error}") from None
+    log_progress(f"{model} is {path}")
+    if remark:
+        notice(f"{model}: {remark}")
+    return path
 
 
-def dataset_files() -> tuple[str, str]:
-    """Return the paths of the data set and of the vocabulary."""
-    return env("DATASET_FILE", DATASET), env("VOCAB_FILE", VOCAB)
+def model_path(backend: str, dtype: str) -> str:
+    """Return the path of the model that `backend` (a key of backends.BACKENDS) runs in `dtype`. Raises UserError."""
+    onnx = ONNX_INT8_MODEL if dtype == "int8" else ONNX_MODEL
+    default = {"pytorch": PYTORCH_MODEL, "tf": TF_MODEL}.get(backend, onnx)
+    return local_model(env("ML_MODEL_FILE_WITH_PATH", default))
+
+
+# What the help of a command says of the flags that it passes to `dataset_files`.
+DATASET_DEFAULT = f"(default: DATASET_FILE, or {DATASET})"
+VOCAB_DEFAULT = f"(default: VOCAB_FILE, or the one beside the model, or {VOCAB})"
+
+
+def dataset_files(dataset: str | None = None, vocab_file: str | None = None) -> tuple[str, str]:
+    """Return the paths of the data set and of the vocabulary; a command passes those that its flags name.
+
+    Without a flag, DATASET_FILE and VOCAB_FILE name them. Without VOCAB_FILE it is the vocab.txt beside the model of
+    ML_MODEL_FILE_WITH_PATH, or else BERT-Large's. Raises UserError if a model of the hub cannot be fetched.
+    """
+    dataset, vocab_file = dataset or env("DATASET_FILE", DATASET), vocab_file or env("VOCAB_FILE", "")
+    if not vocab_file and (model := env("ML_MODEL_FILE_WITH_PATH", "")):
+        vocab_file = vocab_beside(local_model(model)) or ""
+    return dataset, vocab_file or VOCAB
+
+
+@functools.cache  # so that a command says it once
+def vocab_beside(model: str) -> str | None:
+    """Return the path of the vocab.txt in the folder of `model` (a path) and say that it is used; None without one."""
+    folder = model if os.path.isdir(model) else os.path.dirname(model)
+    # Exporters write onnx/model.onnx beside the vocabulary.
+    for place in (folder, os.path.dirname(folder)) if os.path.basename(folder) == "onnx" else (folder,):
+        if os.path.isfile(path := os.path.join(place, "vocab.txt")):
+            log_progress(f"using the vocabulary beside the model, {path}; VOCAB_FILE names another")
+            return path
+    return None
 
 
 def onnx_inputs(path: str, found: Collection[str]) -> tuple[str, str, str]:
@@ -185,151 +208,6 @@ def last_line(error: BaseException | str) -> str:
 def printable(text: str) -> str:
     """Return `text` in one line: line ends, control characters and bytes that are not Unicode become escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def file_digest(path: str, algorithm: str = "sha256") -> str:
-    """Return the digest of a file in hexadecimal. Raises UserError if the file cannot be read."""
-    try:
-        digest = hashlib.new(algorithm, usedforsecurity=False)
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror})") from None
-
-
-def read_text(
-    path: str, what: str, remedy: str, encoding: str = "utf-8", errors: str = "strict", newline: str | None = None
-) -> str:
-    """Return the text of the file `path`, which holds `what`; `errors` and `newline` are those of open().
-
-    Raises UserError, which ends with `remedy`.
-    """
-    try:
-        with open(path, encoding=encoding, errors=errors, newline=newline) as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read {what} ({error.strerror}); {remedy}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {what} is not {encoding} text ({error.reason}); {remedy}") from None
-
-
-def read_json(path: str, what: str, remedy: str, encoding: str = "utf-8") -> Any:
-    """Return the content of the JSON file `path`, which holds `what`. Raises UserError, which ends with `remedy`."""
-    text = read_text(path, what, remedy, encoding)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {what} is not valid JSON ({error}); {remedy}") from None
-
-
-def read_toml(path: str, what: str, remedy: str) -> dict[str, Any]:
-    """Return the content of the TOML file `path`, which holds `what`. Raises UserError, which ends with `remedy`."""
-    if sys.version_info >= (3, 11):  # noqa: UP036 - of Python 3.10, too
-        import tomllib  # novermin
-    else:  # the same parser as a package
-        import tomli as tomllib
-    text = read_text(path, what, remedy)
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a ValueError also for a number of 5,000 digits
-        raise UserError(f"{path}: {what} is not TOML ({printable(first_line(error))}); {remedy}") from None
-
-
-def lock_holder(folder: int) -> str:
-    """Return who holds the lock of a folder's descriptor, by Linux's list of locks; elsewhere "another process"."""
-    status = os.fstat(folder)
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    try:
-        with open("/proc/locks", encoding="utf-8") as file:  # 1: FLOCK ADVISORY WRITE <process> <place> 0 EOF
-            pid = next(words[4] for words in map(str.split, file) if words[1] == "FLOCK" and words[5] == place)
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
-            return f"process {pid} ({printable(file.read().replace(chr(0), ' ').strip())[:200]})"
-    except (OSError, StopIteration):
-        return "another process"
-
-
-def lock_folder(path: str, what: str, wait: bool = False, remedy: str = "work in another folder") -> int | None:
-    """Make the folder `path` and lock it for this process, which runs `what`, such as "a download".
-
-    Returns a descriptor: the lock lasts until it is closed or the process ends. Returns None, with a notice, if the
-    platform or the file system has no such locks. If another process has the lock, waits for it if `wait` is true and
-    otherwise raises UserError; both name that process. Raises UserError if the folder cannot be made.
-    """
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot use this folder ({error.strerror}); correct permissions, or {remedy}"
-        ) from None
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        notice(f"{path}: this platform has no locks; do not start {what} there twice at the same time")
-        return None
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot use this folder ({error.strerror}); correct permissions, or {remedy}"
-        ) from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = lock_holder(folder)
-        if not wait:
-            os.close(folder)
-            raise UserError(f"{path}: {holder} runs {what} there; wait until it ends, or {remedy}") from None
-        log_progress(f"{path}: {holder} runs {what} there; waiting until it ends")
-        fcntl.flock(folder, fcntl.LOCK_EX)
-    except OSError as error:
-        os.close(folder)
-        if error.errno not in NO_LOCKS:
-            raise UserError(f"{path}: cannot lock this folder ({error.strerror}); {remedy}") from None
-        notice(f"{path}: no locks there ({error.strerror}); do not start {what} there twice at the same time")
-        return None
-    return folder
-
-
-@contextlib.contextmanager
-def locked_folder(path: str, what: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of the folder `path` in the block; see `lock_folder`."""
-    folder = lock_folder(path, what, wait)
-    try:
-        yield
-    finally:
-        if folder is not None:
-            os.close(folder)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str, remedy: str) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces `path` when the block succeeds, and make the folder if it is missing.
-
-    Raises UserError, which ends with `remedy`, if the file cannot be written.
-    """
-    target = os.path.realpath(path)  # a symbolic link stays, and a device such as /dev/null is written directly
-    device = os.path.exists(target) and not os.path.isfile(target)
-    part = target if device else f"{target}.{os.getpid()}.part"
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(part, "wb") as file:
-            yield file
-        if not device:
-            os.replace(part, target)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write it ({error.strerror or error}); {remedy}") from None
-    finally:
-        if not device:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-
-
-def write_json(path: str, value: Any, remedy: str) -> None:
-    """Write `value` to the JSON file `path` atomically. Raises UserError, which ends with `remedy`."""
-    with atomic_write(path, remedy) as file:
-        file.write(json.dumps(value, indent=1).encode())
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -24,6 +24,7 @@ from tokenizers import models
 
 import config
 from config import UserError
+from files import atomic_write, file_digest, read_json, read_text, require_replaceable
 
 MAX_SEQ_LENGTH = 384  # tokens of a window, MLPerf's max_seq_length
 DOC_STRIDE = 128  # MLPerf's doc_stride: passage tokens from the start of one window to the start of the next
@@ -31,6 +32,9 @@ MAX_QUERY_LENGTH = 64  # MLPerf's max_query_length: question tokens that are kep
 CACHE_VERSION = 1  # raise it if the features of unchanged input change
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 MAX_WORD_LENGTH = 200  # characters; a longer word is [UNK] (tokenization.py, max_input_chars_per_word)
+MARKER = re.compile(r"\[.*\]|<.*>")  # such as [CLS] and [unused0]: no word, in a vocabulary of any kind
+# Hugging Face's names and values of the settings of Google BERT's uncased tokenization.
+UNCASED = {"do_lower_case": True, "strip_accents": True, "tokenize_chinese_chars": True, "do_basic_tokenize": True}
 WORD = re.compile("[^ \t\r\n\u202f]+")  # run_squad.py splits a passage into these
 CHINESE = re.compile(  # tokenization.py, _is_chinese_char
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
@@ -86,7 +90,7 @@ def read_squad(path: str) -> Squad:
 
     passages: list[str] = []
     questions: dict[str, Question] = {}
-    document = config.read_json(path, "the data set", remedy, "utf-8-sig")
+    document = read_json(path, "the data set", remedy, "utf-8-sig")
     for a, article in enumerate(get(document, "data", list, "the file")):
         for p, paragraph in enumerate(get(article, "paragraphs", list, f"data[{a}]")):
             passages.append(get(paragraph, "context", str, f"data[{a}].paragraphs[{p}]"))
@@ -111,7 +115,7 @@ def read_squad(path: str) -> Squad:
 def read_vocab(path: str) -> dict[str, int]:
     """Read a BERT vocabulary, one token per line, into {token: id}. Raises UserError if it is not a valid one."""
     remedy = "give BERT's vocab.txt (`make setup` fetches it, VOCAB_FILE names another)"
-    lines = config.read_text(path, "the vocabulary", remedy).removesuffix("\n").split("\n")
+    lines = read_text(path, "the vocabulary", remedy).removesuffix("\n").split("\n")
     # tokenization.py, load_vocab, strips each line. A line of white space only keeps it: it is in no text.
     tokens = [line.strip() or line for line in lines]
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -121,7 +125,25 @@ def read_vocab(path: str) -> dict[str, int]:
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"{path}: the vocabulary lacks {', '.join(missing)}; {remedy}")
+    cased = [token for token in tokens if token != token.lower() and not MARKER.fullmatch(token)]
+    if cased:
+        fault = f"{len(cased)} tokens of the vocabulary have capital letters, such as {cased[0]!r}"
+        raise UserError(f"{path}: {fault}; features are uncased, so give an uncased model and its vocabulary")
+    require_uncased(os.path.dirname(path))
     return vocab
+
+
+def require_uncased(folder: str) -> None:
+    """Raise UserError if a tokenizer_config.json in `folder` says that its model needs another tokenization."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.isfile(path):
+        return
+    settings = read_json(path, "the tokenizer's configuration", "correct or remove it")
+    for name, supported in UNCASED.items():
+        value = settings.get(name) if isinstance(settings, dict) else None
+        if value is not None and value != supported:
+            fault = f"{name} is {value!r}, but features are made with {supported!r}, as for Google's uncased BERT"
+            raise UserError(f"{path}: {fault}; give an uncased model and its vocabulary")
 
 
 @lru_cache(2**16)
@@ -245,7 +267,7 @@ def read_cache(path: str) -> dict[str, np.ndarray]:
 def write_cache(path: str, arrays: dict[str, Any]) -> None:
     """Write `arrays` to the cache file `path`, or give a notice if that fails."""
     try:
-        with config.atomic_write(path, "continuing without this cache") as file:
+        with atomic_write(path, "continuing without this cache", "a cache") as file:
             np.savez(file, **arrays)
     except UserError as error:
         config.notice(str(error))
@@ -261,7 +283,7 @@ def load_features(
     squad, vocab = read_squad(dataset), read_vocab(vocab_file)
     versions = (CACHE_VERSION, tokenizers.__version__, unicodedata.unidata_version)
     settings = (*versions, MAX_SEQ_LENGTH, DOC_STRIDE, MAX_QUERY_LENGTH)
-    digests = config.file_digest(dataset) + config.file_digest(vocab_file)
+    digests = file_digest(dataset) + file_digest(vocab_file)
     key = hashlib.sha256(repr(settings).encode() + bytes.fromhex(digests)).hexdigest()
     cache = cache or os.path.join(config.CACHE_DIR, f"features-{key[:16]}.npz")
     arrays = read_cache(cache)
@@ -280,7 +302,7 @@ def load_features(
 def read_calibration(path: str, squad: Squad, features: Features) -> np.ndarray:
     """Return the int64 indices of the features that `path` lists, by index or question id. Raises UserError."""
     remedy = f"give a list that was made for {squad.path}"
-    lines = [line.strip() for line in config.read_text(path, "the list", remedy).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path, "the list", remedy).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: the calibration list is empty; {remedy}")
     question_ids = {question.id: number for number, question in enumerate(squad.questions)}
@@ -296,14 +318,15 @@ def read_calibration(path: str, squad: Squad, features: Features) -> np.ndarray:
 def main() -> None:
     """Write the features of a data set to an .npz file."""
     parser = config.argument_parser(__doc__)
-    dataset, vocab_file = config.dataset_files()
     names = ("input_ids", "input_mask", "segment_ids")
-    parser.add_argument("--dataset", default=dataset, help="SQuAD v1.1 JSON file (default: %(default)s)")
-    parser.add_argument("--vocab_file", default=vocab_file, help="BERT's vocab.txt (default: %(default)s)")
+    parser.add_argument("--dataset", help=f"SQuAD v1.1 JSON file {config.DATASET_DEFAULT}")
+    parser.add_argument("--vocab_file", help=f"BERT's vocab.txt {config.VOCAB_DEFAULT}")
     parser.add_argument("--out", default="features.npz", help=f"output: {', '.join(names)}, int32, (features, 384)")
     args = parser.parse_args()
-    squad, features = load_features(args.dataset, args.vocab_file)
-    with config.atomic_write(args.out, "give another --out") as file:
+    remedy, kind = "give another --out", "a file of features"
+    require_replaceable(args.out, kind, remedy)
+    squad, features = load_features(*config.dataset_files(args.dataset, args.vocab_file))
+    with atomic_write(args.out, remedy, kind) as file:
         np.savez(file, **{name: getattr(features, name) for name in names})
     print(f"{args.out}: {len(squad.questions)} examples, {len(features)} features of {MAX_SEQ_LENGTH} tokens")
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
+from files import require_model_file
 
 REMEDY = "`make convert` writes files that fit"
 SHORT_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -148,7 +149,7 @@ def read_onnx(path: str, weights: bool = False) -> Any:
     file is missing, damaged, newer than the package onnx or no ONNX model, or if a second file with weights is missing
     or too short.
     """
-    config.require_model_file(path)
+    require_model_file(path)
     import onnx
     from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
 

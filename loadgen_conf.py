@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import config
 from config import SCENARIOS, UserError, log_progress
+from files import read_text
 
 MODEL, ANY = "bert", "*"  # LoadGen applies the lines of these models of user.conf; of an audit file, only those of "*"
 AUDIT_FILES = ("audit.conf", "audit.config")  # run.py's default, and MLCommons' name
@@ -122,7 +123,7 @@ def read_line(place: str, number: int, line: str) -> ConfLine | None:
 
 def read_conf(path: str) -> list[ConfLine]:
     """Return the settings in a conf file. Raises UserError for a line that LoadGen does not read as a person does."""
-    text = config.read_text(path, "LoadGen's settings", "give a text file", newline="")
+    text = read_text(path, "LoadGen's settings", "give a text file", newline="")
     lines = [line.strip().decode() for line in text.encode().split(b"\n")]  # bytes: only ASCII's white space counts
     found = [read_line(f"{path}: line {number}: {line!r}", number, line) for number, line in enumerate(lines, 1)]
     return [line for line in found if line]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import config
 from config import UserError, log_progress
+from files import lock_folder, read_json, read_text, write_json
 
 if TYPE_CHECKING:  # numpy
     from backends import Backend, RunOptions
@@ -69,7 +70,7 @@ def prepare_log_folder(folder: str) -> None:
     They stay inside the folder: MLCommons' automation takes each folder beside it for another mode of the run, and the
     folder may be a mount point. Raises UserError.
     """
-    config.lock_folder(folder, "run.py", remedy="set LOG_PATH to another folder")
+    lock_folder(folder, "run.py", remedy="set LOG_PATH to another folder")
     try:
         old = [name for name in os.listdir(folder) if name.startswith(("mlperf_log_", "report")) or name == RECORD]
         if old:
@@ -96,7 +97,7 @@ def read_entries(folder: str, damaged: list[str] | None = None) -> list[dict[str
     path = os.path.join(folder, DETAIL_LOG)
     remedy = "give the log folder of a run"
     entries = []
-    text = config.read_text(path, "LoadGen's log", remedy, errors="strict" if damaged is None else "replace")
+    text = read_text(path, "LoadGen's log", remedy, errors="strict" if damaged is None else "replace")
     for number, line in enumerate(text.split("\n")[:-1], 1):
         if line.startswith(":::MLLOG "):
             try:
@@ -206,15 +207,17 @@ def new_record(options: RunOptions, backend: Backend, batch_tokens: int) -> dict
 
 
 def finish_record(record: dict[str, Any]) -> None:
-    """Add the end of the run and the model's md5 (3 s for BERT-Large's file)."""
+    """Add the end of the run and the md5 of the model's weights (3 s for BERT-Large's file)."""
+    from model_files import model_files  # not at the top, because it imports numpy
+
     record["finished"] = timestamp()
     if record["model"] and os.path.isfile(record["model"]):
-        record["model_md5"] = config.file_digest(record["model"], "md5")
+        record["model_md5"] = model_files(record["model"]).digest("md5")
 
 
 def write_record(folder: str, record: dict[str, Any]) -> None:
     """Write `record` to record.json in `folder`. Raises UserError."""
-    config.write_json(os.path.join(folder, RECORD), record, DISK)
+    write_json(os.path.join(folder, RECORD), record, DISK, "a run's record")
 
 
 def read_record(folder: str) -> dict[str, Any]:
@@ -222,7 +225,7 @@ def read_record(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, RECORD)
     if not os.path.exists(path):
         return {}
-    record = config.read_json(path, "the run's record", "remove it to continue without")
+    record = read_json(path, "the run's record", "remove it to continue without")
     if isinstance(record, dict):
         return record
     raise UserError(f"{path}: the run's record is not a JSON object; remove it to continue without")

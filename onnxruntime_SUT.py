@@ -9,6 +9,7 @@ import onnxruntime
 
 import config
 from backends import RunOptions
+from files import require_model_file
 from graph_files import Graph, GraphTensor, one_line, read_onnx_graph, read_signature
 from graph_SUT import GraphBackend
 
@@ -42,7 +43,7 @@ class OnnxModel:
     """An ONNX file of BERT in ONNX Runtime, which messages call `name`. Raises UserError if it cannot be used."""
 
     def __init__(self, path: str, name: str, options: RunOptions) -> None:
-        config.require_model_file(path)
+        require_model_file(path)
         graph = read_onnx_graph(path)
         settings = onnxruntime.SessionOptions()
         if options.profile:

@@ -8,6 +8,7 @@ import openvino
 
 import config
 from backends import RunOptions
+from files import require_model_file
 from graph_files import SHORT_NAMES, Graph, GraphNode, GraphTensor, one_line, read_onnx_graph, read_signature
 from graph_SUT import GraphBackend
 
@@ -47,7 +48,7 @@ class OpenVinoBackend(GraphBackend):
 
     def __init__(self, options: RunOptions) -> None:
         self.model_path = path = config.model_path("openvino", options.dtype)
-        config.require_model_file(path)
+        require_model_file(path)
         graph = None if path.endswith(".xml") else read_onnx_graph(path)
         core = openvino.Core()
         with one_line(path, f"OpenVINO cannot read it, {graph.version if graph else 'a model'}", config.last_line):

@@ -18,7 +18,7 @@ import config
 from backends import Backend, RunOptions
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from model_files import model_files, read_weights
+from model_files import COUNTS, WIDTHS, model_files, read_weights
 from packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges
 from squad_QSL import Batch
 
@@ -62,7 +62,7 @@ class PyTorchBackend(Backend):
         self.threads = self.max_concurrency = threads if self.device.type == "cpu" else 1
         torch.set_num_threads(self.threads)
         model = config.model_path("pytorch", options.dtype)
-        self.model_path = model_files(model)[1]
+        self.model_path = model_files(model).weights
         bert_config, weights = read_weights(model)
         self.vocab_size = bert_config["vocab_size"]
         dtype = options.dtype
@@ -106,10 +106,11 @@ class PyTorchReference(Backend):
             raise UserError("--reference needs transformers; `make venv BACKEND=reference` installs it") from None
         self.device = find_device()
         path = config.model_path("pytorch", "fp32")
-        self.model_path = model_files(path)[1]
+        self.model_path = model_files(path).weights
         bert_config, weights = read_weights(path)
         self.vocab_size = bert_config["vocab_size"]
-        model = BertForQuestionAnswering(BertConfig(**bert_config))
+        sizes = {name: bert_config[name] for name in (*WIDTHS, *COUNTS, "layer_norm_eps")}
+        model = BertForQuestionAnswering(BertConfig(**sizes))
         model.load_state_dict(weights, assign=True)
         self.model = model.to(self.device).eval()
         self.name = f"PyTorch {torch.__version__}, {self.device.type}, fp32, baseline"

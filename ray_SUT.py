@@ -117,7 +117,8 @@ class RayBackend(Backend):
     def __init__(self, backend_name: str, backend_class: type[Backend], options: RunOptions) -> None:
         model = config.model_path(backend_name, options.dtype)
         try:
-            files = {os.path.basename(path): np.fromfile(path, np.uint8) for path in model_files(model)}
+            config_file, weights, parts = model_files(model)
+            files = {os.path.basename(path): np.fromfile(path, np.uint8) for path in (config_file, weights, *parts)}
         except OSError as error:
             remedy = "`make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
             raise UserError(f"{error.filename}: cannot read the model ({error.strerror}); {remedy}") from None

@@ -20,9 +20,8 @@ import config
 import loadgen_logs
 from backends import BACKENDS, BATCH_TOKENS, DTYPES, RAY, REFUSED, RunOptions, load_backend, warm_up
 from config import SCENARIOS, UserError, log_progress
+from files import require_replaceable
 from loadgen import QUICK_S, Outcome, announce, find_peak, loadgen_settings, run_test
-
-VOCAB_PADDING = 128  # an embedding table may be padded to a multiple of at most this
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
@@ -112,16 +111,6 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
     return options
 
 
-def check_vocab(vocab_file: str, vocab: dict[str, int], highest: int, vocab_size: int | None) -> None:
-    """Raise UserError if the vocabulary is not that of a model of `vocab_size` tokens; `highest` is a feature's."""
-    if vocab_size is None:
-        return
-    if highest >= vocab_size or len(vocab) + VOCAB_PADDING <= vocab_size:
-        found = f"token {highest}" if highest >= vocab_size else f"{len(vocab)} tokens"
-        remedy = "VOCAB_FILE must name the vocabulary that the model was trained with"
-        raise UserError(f"{vocab_file}: holds {found}, but the model knows {vocab_size}; {remedy}")
-
-
 def serve_backend(options: RunOptions) -> None:
     """Serve the backend over HTTP until a signal ends it."""
     try:
@@ -144,12 +133,15 @@ def main() -> None:
     if options.network == "sut":
         return serve_backend(options)
     from batching import plan_batching
-    from create_squad_data import load_features, read_vocab
+    from create_squad_data import load_features, read_vocab, require_uncased
+    from model_files import check_vocab
     from squad_QSL import SquadQSL
     from squad_SUT import SquadSUT, Worker
 
     if options.report and not all(map(importlib.util.find_spec, ("jinja2", "matplotlib"))):
         raise UserError("--report needs jinja2 and matplotlib; `make venv BACKEND=report` installs them")
+    if options.accuracy:
+        require_replaceable(config.PREDICTIONS, "a file of answers", "move it away")
     settings, log_settings, audit_conf = loadgen_settings(options)
     log_folder = log_settings.log_output.outdir
     loadgen_logs.prepare_log_folder(log_folder)
@@ -165,7 +157,8 @@ def main() -> None:
     worker = Worker()
     backend = worker.submit(lambda: load_backend(options)).result()
     vocab = read_vocab(vocab_file)
-    check_vocab(vocab_file, vocab, features.input_ids.max(), backend.vocab_size)
+    check_vocab(vocab_file, vocab, backend.vocab_size)
+    require_uncased(os.path.dirname(backend.model_path or vocab_file))
     log_progress(f"{backend.name}; warming up")
     worker.submit(lambda: warm_up(backend, qsl.longest_batch())).result()
     latency_s = settings.server_target_latency_ns / 1e9

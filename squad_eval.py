@@ -15,6 +15,7 @@ import numpy as np
 import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH, WORD, Features, Question, Squad, basic_tokens, read_squad
+from files import read_json, write_json
 
 N_BEST = 20  # start and end positions that are considered in each window (run_squad.py, n_best_size)
 MAX_ANSWER_LENGTH = 30  # tokens (run_squad.py, max_answer_length)
@@ -42,7 +43,7 @@ def read_log(
     then all end logits. Only samples below `max_examples` are kept. Raises UserError if the log is missing or damaged.
     """
     remedy = "give the log of a finished accuracy run with --log_file"
-    entries = config.read_json(path, "the accuracy log", remedy, "ascii")
+    entries = read_json(path, "the accuracy log", remedy, "ascii")
     if not isinstance(entries, list):
         raise UserError(f"{path}: the accuracy log is not a JSON list; {remedy}")
     if not entries:  # the MLPerf reference scores such a log, too
@@ -184,7 +185,7 @@ def score_log(squad: Squad, features: Features, vocab: dict[str, int], logits: L
 def print_scores(squad: Squad, features: Features, vocab: dict[str, int], logits: Logits, path: str) -> None:
     """Score `logits`, write {question id: answer} to the JSON file `path` and print {"exact_match": X, "f1": Y}."""
     scores, answers = score_log(squad, features, vocab, logits)
-    config.write_json(path, answers, "give another folder or free disk space")
+    write_json(path, answers, "give another file or free disk space", "a file of answers")
     print(json.dumps(scores), flush=True)
 
 
@@ -196,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     questions = read_squad(args.dataset).questions
     remedy = "give a JSON object {question id: answer}"
-    answers = config.read_json(args.predictions, "the predictions", remedy, "utf-8-sig")
+    answers = read_json(args.predictions, "the predictions", remedy, "utf-8-sig")
     if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
         raise UserError(f"{args.predictions}: the predictions are not a JSON object of strings; {remedy}")
     missing = sum(question.id not in answers for question in questions)

@@ -14,6 +14,7 @@ import tensorflow as tf
 import config
 from backends import RunOptions
 from config import UserError
+from files import require_model_file
 from graph_files import OUTPUTS, Graph, GraphNode, GraphTensor, one_line, read_signature
 from graph_SUT import GraphBackend
 
@@ -47,7 +48,7 @@ def read_definition(path: str) -> Any:
         raise UserError(f"{path}: a TensorFlow checkpoint, not a frozen graph; {remedy}")
     if os.path.isfile(os.path.join(path, "saved_model.pb")):
         raise UserError(f"{path}: a SavedModel, not a frozen graph; {remedy}")
-    config.require_model_file(path)
+    require_model_file(path)
     definition = tf.compat.v1.GraphDef()
     with one_line(path, FAULT):
         with open(path, "rb") as file:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 import config
 from create_squad_data import load_features, read_cache, read_calibration, write_cache
-from model_files import model_files, read_weights
+from model_files import COUNTS, WIDTHS, model_files, read_config, read_weights
 from packed_bert import Bert, PrepackedLinear, Ranges
 from squad_QSL import Batch, SquadQSL
+
+CACHE_VERSION = 1  # raise it if the ranges of unchanged input change
 
 
 class Observer(PrepackedLinear):
@@ -41,6 +43,17 @@ def input_ranges(model: str, batches: Iterable[Batch]) -> Ranges:
     return ranges
 
 
+def ranges_key(model: str, samples: list[np.ndarray]) -> str:
+    """Return a digest of all that changes `input_ranges`: weights, configuration, samples, and what computes them."""
+    files = model_files(model)
+    bert_config = read_config(files.config_file)
+    sizes = {name: bert_config[name] for name in (*WIDTHS, *COUNTS, "layer_norm_eps")}
+    key = hashlib.sha256(repr((CACHE_VERSION, torch.__version__, files.digest(), sorted(sizes.items()))).encode())
+    for array in samples:
+        key.update(array.tobytes())
+    return key.hexdigest()
+
+
 def int8_ranges(model: str) -> Ranges:
     """Return the `input_ranges` of `model` over the calibration samples, cached in build/cache. Raises UserError."""
     squad, features = load_features(*config.dataset_files())
@@ -50,15 +63,16 @@ def int8_ranges(model: str) -> Ranges:
     else:
         rows = np.unique(np.linspace(0, len(features) - 1, 100).astype(int))
         config.notice(f"{calibration} is missing; calibrating with 100 samples at even steps, not with MLPerf's list")
-    digest = config.file_digest(model_files(model)[1])  # the cache is for these weights and these samples
-    key = hashlib.sha256(digest.encode() + features.input_ids[rows].tobytes()).hexdigest()
+    key = ranges_key(model, [array[rows] for array in (features.input_ids, features.segment_ids, features.lengths)])
     cache = os.path.join(config.CACHE_DIR, f"int8-{key[:16]}.npz")
+    arrays = read_cache(cache)
     try:
-        if cached := read_cache(cache):
-            return {name: (torch.from_numpy(low), torch.from_numpy(high)) for name, (low, high) in cached.items()}
+        if str(arrays.pop("key", "")) == key:
+            return {name: (torch.from_numpy(low), torch.from_numpy(high)) for name, (low, high) in arrays.items()}
     except ValueError as error:
         config.notice(f"the cache {cache} is damaged ({error}); making it again")
     qsl = SquadQSL(features)
     ranges: Ranges = input_ranges(model, (qsl.batch(np.array([row])) for row in rows))
-    write_cache(cache, {name: torch.stack(pair).numpy() for name, pair in ranges.items()})
+    arrays = {name: torch.stack(pair).numpy() for name, pair in ranges.items()}
+    write_cache(cache, {"key": np.array(key), **arrays})
     return ranges

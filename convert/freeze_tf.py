@@ -15,6 +15,7 @@ import config
 from convert.tf_checkpoint import Weights, read_checkpoint
 from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
+from files import atomic_write, require_replaceable
 from model_files import read_config
 
 
@@ -59,7 +60,7 @@ def build_graph(bert_config: dict[str, Any], weights: Weights, shape: tuple[Any,
 
 def write_graph(path: str, graph: Any) -> None:
     """Write a GraphDef to the file `path`. Raises UserError."""
-    with config.atomic_write(path, "give another --out or free disk") as file:
+    with atomic_write(path, "give another --out or free disk", "a TensorFlow graph") as file:
         file.write(graph.SerializeToString())
 
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--out", default=config.TF_MODEL, help="default: %(default)s")
     parser.add_argument("--published", action="store_true", help="fix the inputs' shape at MLPerf's (1, 384)")
     args = parser.parse_args()
+    require_replaceable(args.out, "a TensorFlow graph", "give another --out")
     bert_config = read_config(args.bert_config)
     weights = read_checkpoint(args.tf_checkpoint, bert_config)
     count = len(weights)

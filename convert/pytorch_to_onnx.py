@@ -8,6 +8,7 @@ form that ONNX Runtime runs fastest: its own Attention operator was measured to 
 """
 
 import os
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ import config
 from config import UserError
 from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
-from model_files import read_weights
+from files import atomic_write, require_replaceable
+from model_files import model_files, read_weights
 
 INPUTS = config.ONNX_INPUTS[0]
 OUTPUTS = ("output_start_logits", "output_end_logits")
@@ -87,14 +89,23 @@ def build_model(bert_config: dict[str, Any], weights: dict[str, np.ndarray], len
 
 def write_model(path: str, model: onnx.ModelProto) -> None:
     """Write an ONNX file; weights over ONE_FILE_BYTES go to PATH.data. Raises UserError."""
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > ONE_FILE_BYTES
+    remedy, data = "give another path or free disk", f"{path}.data"
+    require_replaceable(path, "an ONNX model", remedy)
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= ONE_FILE_BYTES:
+        with atomic_write(path, remedy, "an ONNX model") as file:
+            file.write(model.SerializeToString())
+        return
+    if os.path.exists(data) and data not in model_files(path).parts:
+        raise UserError(f"{data}: exists and is not a part of {path}, so it is not replaced; {remedy}")
+    folder, name = os.path.split(path)
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        if os.path.exists(f"{path}.data"):
-            os.unlink(f"{path}.data")  # onnx would append to it
-        onnx.save(model, path, save_as_external_data=large, location=os.path.basename(f"{path}.data"))
+        os.makedirs(folder or ".", exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder or ".") as part:
+            onnx.save(model, f"{part}/{name}", save_as_external_data=True, location=f"{name}.data")
+            os.replace(f"{part}/{name}.data", data)
+            os.replace(f"{part}/{name}", path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write the model ({error.strerror}); give another path or free disk") from None
+        raise UserError(f"{path}: cannot write the model ({error.strerror}); {remedy}") from None
 
 
 def main() -> None:
@@ -104,6 +115,7 @@ def main() -> None:
     parser.add_argument("--onnx_out", default=config.ONNX_MODEL, help="default: %(default)s")
     parser.add_argument("--published", action="store_true", help=f"fix the length at MLPerf's {MAX_SEQ_LENGTH}")
     args = parser.parse_args()
+    require_replaceable(args.onnx_out, "an ONNX model", "give another --onnx_out")
     expected = random_logits("pytorch", args.model)
     bert_config, tensors = read_weights(args.model)
     weights = {name: tensor.numpy() for name, tensor in tensors.items()}

@@ -7,7 +7,7 @@ import tempfile
 
 import config
 from convert.freeze_tf import build_graph, write_graph
-from convert.tf_checkpoint import read_checkpoint, write_checkpoint
+from convert.tf_checkpoint import read_checkpoint, require_new_checkpoint, write_checkpoint
 from convert.verify import new_files, random_logits, require_equal
 from model_files import read_weights
 
@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--model", default=config.PYTORCH_MODEL, help="folder or state dict (default: %(default)s)")
     parser.add_argument("--tf_checkpoint", required=True, help="output: the checkpoint's path without .index")
     args = parser.parse_args()
+    require_new_checkpoint(args.tf_checkpoint)
     expected = random_logits("pytorch", args.model)
     bert_config, tensors = read_weights(args.model)
     with new_files(args.tf_checkpoint) as prefix, tempfile.TemporaryDirectory() as folder:

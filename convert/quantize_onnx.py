@@ -19,6 +19,7 @@ from config import UserError
 from convert.pytorch_to_onnx import write_model
 from convert.verify import load_model, new_files
 from create_squad_data import load_features, read_calibration
+from files import require_different_files, require_replaceable
 from graph_files import opset, read_onnx
 from onnxruntime_SUT import OnnxModel
 from squad_QSL import SquadQSL
@@ -126,16 +127,17 @@ def quantize(model: onnx.ModelProto, weights: dict[str, TensorProto], maxima: di
 
 def main() -> None:
     """Quantize the file that the command line names."""
-    dataset, vocab_file = config.dataset_files()
     calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
     parser = config.argument_parser(__doc__)
     parser.add_argument("--onnx", default=config.ONNX_MODEL, help="the fp32 model (default: %(default)s)")
     parser.add_argument("--out", default=config.ONNX_INT8_MODEL, help="default: %(default)s")
-    parser.add_argument("--dataset", default=dataset, help="SQuAD v1.1 JSON file (default: %(default)s)")
-    parser.add_argument("--vocab_file", default=vocab_file, help="BERT's vocab.txt (default: %(default)s)")
+    parser.add_argument("--dataset", help=f"SQuAD v1.1 JSON file {config.DATASET_DEFAULT}")
+    parser.add_argument("--vocab_file", help=f"BERT's vocab.txt {config.VOCAB_DEFAULT}")
     parser.add_argument("--calibration", default=calibration, help="default: %(default)s")
     args = parser.parse_args()
-    squad, features = load_features(args.dataset, args.vocab_file)
+    require_different_files(args.out, args.onnx)
+    require_replaceable(args.out, "an ONNX model", "give another --out")
+    squad, features = load_features(*config.dataset_files(args.dataset, args.vocab_file))
     rows = read_calibration(args.calibration, squad, features)
     model, weights, products = read_model(args.onnx)
     names = list(dict.fromkeys(name for name, _ in products))

@@ -2,6 +2,8 @@
 
 import os
 import re
+import tempfile
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ import tensorflow as tf
 
 import config
 from config import UserError
-from model_files import check_shapes, weight_shapes
+from files import require_model_file, require_replaceable
+from model_files import check_shapes, weight_shapes, write_config
 
+REMEDY = "give another path or free disk"
 Weights = dict[str, np.ndarray]  # {Hugging Face's name: float32 array}
 
 RENAMED = (  # these replacements, in this order, turn a Hugging Face name into Google's
@@ -23,7 +27,7 @@ RENAMED = (  # these replacements, in this order, turn a Hugging Face name into 
     (r"\.weight$", ".kernel"),
     (r"\.", "/"),
 )
-UNUSED = re.compile(r".*/adam_[mv]$|global_step$|bert/pooler/|cls/predictions/|cls/seq_relationship/")  # in inference
+MODEL = ("bert/embeddings/", "bert/encoder/", "cls/squad/")  # where a BERT for question answering has its variables
 
 
 def variables(bert_config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -37,10 +41,23 @@ def variables(bert_config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ..
     return table
 
 
+def is_unused(name: str, expected: Collection[str]) -> bool:
+    """Return whether a variable is not a part of the model: `expected` are the names of the model's variables.
+
+    These are variables elsewhere, such as step counters and other heads, and what an optimizer keeps for each variable
+    of the model: SCOPE/NAME, NAME/SLOT, or NAME_slot_SLOT as Mesh TensorFlow writes it.
+    """
+    if name in expected:
+        return False
+    slots = (name.startswith((f"{variable}/", f"{variable}_slot_")) for variable in expected)
+    return not name.startswith(MODEL) or any(slots)
+
+
 def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
     """Read the checkpoint `prefix`, a path without .index. Raises UserError if it is not a usable one of this BERT."""
     if not os.path.isfile(f"{prefix}.index"):
         raise UserError(f"{prefix}.index: no such file; give a path without .index, `make setup` fetches BERT-Large")
+    require_model_file(f"{prefix}.index")
     expected = variables(bert_config)
     try:
         reader = tf.train.load_checkpoint(prefix)
@@ -48,9 +65,9 @@ def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
         arrays = {name: reader.get_tensor(name).astype(np.float32) for name in expected if name in found}
     except Exception as error:  # TensorFlow has a type for each kind of damage
         raise UserError(f"{prefix}: damaged or not a checkpoint ({config.first_line(error)}); fetch it again") from None
-    skipped = [name for name in found if name not in expected and UNUSED.match(name)]
-    used = {name: shape for name, shape in found.items() if name not in skipped}
-    check_shapes(prefix, "the BERT configuration", used, {name: shape for name, (_, shape) in expected.items()})
+    skipped = [name for name in found if is_unused(name, expected)]
+    shapes = {name: shape for name, (_, shape) in expected.items()}
+    check_shapes(prefix, "the BERT configuration", found, shapes, skipped)
     broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
         raise UserError(f"{prefix}: {broken[0]} holds NaN or infinity ({len(broken)} variables do); fetch it again")
@@ -58,14 +75,27 @@ def read_checkpoint(prefix: str, bert_config: dict[str, Any]) -> Weights:
     return {expected[name][0]: array.T if name.endswith("/kernel") else array for name, array in arrays.items()}
 
 
+def require_new_checkpoint(prefix: str) -> None:
+    """Raise UserError if the checkpoint `prefix` would replace files that are not a checkpoint's."""
+    data = f"{prefix}.data-00000-of-00001"
+    require_replaceable(f"{prefix}.index", "the index of a TensorFlow checkpoint", REMEDY)
+    if os.path.exists(data) and not os.path.exists(f"{prefix}.index"):
+        raise UserError(f"{data}: exists without its index, so it is not replaced; {REMEDY}")
+
+
 def write_checkpoint(prefix: str, bert_config: dict[str, Any], weights: Weights) -> None:
     """Write `weights` as the checkpoint `prefix`, with bert_config.json beside it. Raises UserError."""
-    remedy = "give another path or free disk"
-    config.write_json(os.path.join(os.path.dirname(prefix), "bert_config.json"), bert_config, remedy)
+    require_new_checkpoint(prefix)
+    folder = os.path.dirname(prefix) or "."
+    write_config(folder, bert_config, REMEDY)
     arrays = {google_name: weights[name] for google_name, (name, _) in variables(bert_config).items()}
     tensors = {name: array.T if name.endswith("/kernel") else array for name, array in arrays.items()}
     values, slices = list(tensors.values()), [""] * len(tensors)
     try:
-        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(tensors), shape_and_slices=slices, tensors=values)
-    except tf.errors.OpError as error:
-        raise UserError(f"{prefix}: cannot write the checkpoint ({config.first_line(error)}); {remedy}") from None
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            new = os.path.join(part, os.path.basename(prefix))
+            tf.raw_ops.SaveV2(prefix=new, tensor_names=list(tensors), shape_and_slices=slices, tensors=values)
+            for end in (".data-00000-of-00001", ".index"):
+                os.replace(f"{new}{end}", f"{prefix}{end}")
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(f"{prefix}: cannot write the checkpoint ({config.first_line(error)}); {REMEDY}") from None

@@ -10,9 +10,12 @@ import numpy as np
 
 from backends import Backend, RunOptions, load_backend
 from config import UserError
+from files import KINDS, require_replaceable
+from model_files import model_files
 from squad_QSL import Batch
 
 SHORT = (30,)  # tokens of the samples of `random_logits`: one is enough to see that a model runs
+REMEDY_PATH = "give another path or free disk"
 REMEDY = "nothing was written; report this, it is a fault of the converter or of a framework"
 
 
@@ -20,8 +23,8 @@ REMEDY = "nothing was written; report this, it is a fault of the converter or of
 def new_files(path: str, second: str = "") -> Iterator[str]:
     """Yield a path of the same name in a temporary folder; what the block writes there moves beside `path` at its end.
 
-    Nothing is left if the block raises an exception. An older `path` + `second`, such as an ONNX file's weights, is
-    removed if the block writes none. Raises UserError if a file cannot be written.
+    Nothing is left if the block raises an exception. The weights of an older ONNX file, `path` + `second`, are removed
+    if the block writes none. Raises UserError if a file cannot be written or would replace one of another kind.
     """
     target = os.path.realpath(path)  # a symbolic link stays
     if os.path.exists(target) and not os.path.isfile(target):
@@ -33,15 +36,22 @@ def new_files(path: str, second: str = "") -> Iterator[str]:
         part = tempfile.mkdtemp(dir=folder, prefix=".")
         yield os.path.join(part, os.path.basename(target))
         names = os.listdir(part)
+        older = [file for file in (target + second,) if second and os.path.isfile(target)]
+        older = [file for file in older if os.path.isfile(file) and file in model_files(target).parts]
+        for name in names:
+            new, old = os.path.join(part, name), os.path.join(folder, name)
+            kind = next((kind for kind, matches in KINDS.items() if matches(new)), "a new file")
+            if old not in older and (kind != "a new file" or second):
+                require_replaceable(old, kind, REMEDY_PATH)
         for name in names:
             os.replace(os.path.join(part, name), os.path.join(folder, name))
-        if second and os.path.basename(target) + second not in names and os.path.isfile(target + second):
-            os.unlink(target + second)
+        for file in older:
+            if os.path.basename(file) not in names:
+                os.unlink(file)
     except UserError as error:
         raise UserError(str(error).replace(part, os.path.dirname(path) or os.curdir) if part else str(error)) from None
     except OSError as error:
-        fault = f"cannot write it ({error.strerror or error})"
-        raise UserError(f"{path}: {fault}; give another path or free disk") from None
+        raise UserError(f"{path}: cannot write it ({error.strerror or error}); {REMEDY_PATH}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -27,6 +27,7 @@ from typing import Any, TypedDict
 
 import config
 from demo.values import FOLDER, Kind, Values
+from files import atomic_write, locked_folder, read_toml
 
 SEED = 1
 DEV_PASSAGES = 85
@@ -59,7 +60,7 @@ Sentence = tuple[str, list[tuple[str, Answers]]]  # its text, and the questions 
 
 def read_template(name: str) -> Any:
     """Return the content of the file `name` of templates/."""
-    return config.read_toml(str(FOLDER / f"templates/{name}.toml"), "the demo's templates", "restore it from git")
+    return read_toml(str(FOLDER / f"templates/{name}.toml"), "the demo's templates", "restore it from git")
 
 
 # The seed draws from this list by position, so another order gives other files.
@@ -186,10 +187,8 @@ def make_document(part: str, passages: int, seed: int) -> dict[str, Any]:
 
 def write(path: str, document: dict[str, Any]) -> None:
     """Write a SQuAD document and print its size."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(document, file, ensure_ascii=False)
-        file.write("\n")
+    with atomic_write(path, "move it away", "a SQuAD file") as file:
+        file.write(f"{json.dumps(document, ensure_ascii=False)}\n".encode())
     questions = sum(len(paragraph["qas"]) for article in document["data"] for paragraph in article["paragraphs"])
     print(f"{path}: {len(document['data'])} passages, {questions} questions, {os.path.getsize(path):,} bytes")
 
@@ -203,7 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     with contextlib.ExitStack() as locks:
         for folder in sorted({os.path.dirname(path) or "." for path in (args.dev, args.train)}):
-            locks.enter_context(config.locked_folder(folder, "demo.make_data"))
+            locks.enter_context(locked_folder(folder, "demo.make_data"))
         write(args.dev, make_document("dev", DEV_PASSAGES, args.seed))
         write(args.train, make_document("train", TRAIN_PASSAGES, args.seed))
 

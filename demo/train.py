@@ -25,6 +25,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import config
 from create_squad_data import DOC_STRIDE, Features, Question, Squad, basic_tokens, make_features, read_squad
+from files import atomic_write, read_json
 
 SEED = 1
 THREADS = 2  # part of the recipe: another number adds floats in another order and gives other weights
@@ -63,7 +64,7 @@ class Data(NamedTuple):
 
 def read_data(path: str) -> Data:
     """Read the SQuAD file `path`. Raises UserError."""
-    document = config.read_json(path, "the training data", "`python3 -m demo.make_data` writes it")
+    document = read_json(path, "the training data", "`python3 -m demo.make_data` writes it")
     paragraphs = [paragraph for article in document["data"] for paragraph in article["paragraphs"]]
     starts = [qa["answers"][0]["answer_start"] for paragraph in paragraphs for qa in paragraph["qas"]]
     return Data(read_squad(path), starts)
@@ -242,16 +243,19 @@ def save(model: Any, tokens: list[str], folder: str) -> None:
     remedy = "give another --out"
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items() if "position_ids" not in name}
     settings = model.config.to_dict()
+    vocab = "".join(token + "\n" for token in tokens).encode()
+    content = safetensors.torch.save(weights, metadata={"format": "pt"})
+    bert_config = (json.dumps({key: settings[key] for key in CONFIG_KEYS}, indent=2) + "\n").encode()
     files = {
-        "vocab.txt": "".join(token + "\n" for token in tokens).encode(),
-        "model.safetensors": safetensors.torch.save(weights, metadata={"format": "pt"}),
-        "config.json": (json.dumps({key: settings[key] for key in CONFIG_KEYS}, indent=2) + "\n").encode(),
+        "vocab.txt": (vocab, "a vocabulary of BERT"),
+        "model.safetensors": (content, "a safetensors file"),
+        "config.json": (bert_config, "a configuration of BERT"),
     }
-    for name, content in files.items():
-        with config.atomic_write(os.path.join(folder, name), remedy) as file:
-            file.write(content)
+    for name, (data, kind) in files.items():
+        with atomic_write(os.path.join(folder, name), remedy, kind) as file:
+            file.write(data)
     count = sum(weight.numel() for weight in weights.values())
-    print(f"{folder}: {count:,} weights, {sum(map(len, files.values())):,} bytes")
+    print(f"{folder}: {count:,} weights, {sum(len(data) for data, _ in files.values()):,} bytes")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import random
 import re
 from pathlib import Path
 
-from config import read_toml
+from files import read_toml
 
 FOLDER = Path(__file__).parent
 LISTS = read_toml(str(FOLDER / "words.toml"), "the demo's words", "restore it from git")

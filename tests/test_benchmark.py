@@ -1,12 +1,15 @@
 """tools/benchmark.py: arithmetic, a quick run on the demo's model, and what it cannot measure; no speed is tested."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import DEMO_ENV, refused
+from helpers import DEMO_ENV, random_bert, refused
 
+import config
 from config import UserError
 from tools.benchmark import Run, convert_model, flops, parse_args, ratios, serve, spread_samples
 
@@ -42,11 +45,19 @@ def test_a_model_is_converted_once_into_the_form_that_a_backend_reads(tmp_path, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("subprocess.run", run)
+    random_bert(tmp_path / "models/tiny")
+    for path in (config.DATASET, config.VOCAB):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+
+    def converted(backend, dtype, folder="models/tiny"):
+        return re.sub("tiny-[0-9a-f]{12}", "tiny", convert_model(backend, dtype, folder))
+
     assert convert_model("pytorch", "bf16", "models/tiny") == "models/tiny"
     for _ in range(2):
-        assert convert_model("tf", "fp32", "models/tiny") == "build/benchmark/tiny-model.pb"
-        assert convert_model("onnxruntime", "int8", "models/tiny/") == "build/benchmark/tiny-int8.onnx"
-        assert convert_model("openvino", "bf16", "models/tiny") == "build/benchmark/tiny-model.onnx"
+        assert converted("tf", "fp32") == "build/benchmark/tiny-model.pb"
+        assert converted("onnxruntime", "int8", "models/tiny/") == "build/benchmark/tiny-int8.onnx"
+        assert converted("openvino", "bf16") == "build/benchmark/tiny-model.onnx"
     converters = ["pytorch_to_tf", "freeze_tf", "pytorch_to_onnx", "quantize_onnx"]
     assert commands == [f"convert.{name}" for name in converters]
 
@@ -54,7 +65,8 @@ def test_a_model_is_converted_once_into_the_form_that_a_backend_reads(tmp_path, 
 def test_a_conversion_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", "false")
-    with refused("tiny-model.onnx", "convert.pytorch_to_onnx failed", "make venv"):
+    random_bert(tmp_path / "models/tiny")
+    with refused("build/benchmark/tiny-", "-model.onnx", "convert.pytorch_to_onnx failed", "make venv"):
         convert_model("onnxruntime", "fp32", "models/tiny")
 
 

@@ -71,7 +71,7 @@ def test_a_damaged_cache_is_replaced_with_a_notice(calibrate, damage, caplog):
     if damage == "cut off":
         path.write_bytes(path.read_bytes()[:100])
     else:
-        np.savez(path, **{"0.qkv": np.zeros(3)})
+        np.savez(path, key=np.load(path)["key"], **{"0.qkv": np.zeros(3)})
     again, _ = calibrate(range(3))
     assert "is damaged" in caplog.text and equal(again, ranges)
     caplog.clear()

@@ -8,23 +8,26 @@ import pytest
 from helpers import ROOT, refused
 
 import config
+from files import atomic_write, read_json, read_text, require_model_file, write_json
+
+ANSWERS = "a file of answers"
 
 
 def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
     path = tmp_path / "folder/file.json"
-    config.write_json(str(path), {"a": 1}, "give another file")
-    with pytest.raises(ZeroDivisionError), config.atomic_write(str(path), "give another file") as file:
+    write_json(str(path), {"a": "1"}, "give another file", ANSWERS)
+    with pytest.raises(ZeroDivisionError), atomic_write(str(path), "give another file", ANSWERS) as file:
         file.write(b"half")
         raise ZeroDivisionError
-    assert path.read_text() == '{\n "a": 1\n}' and os.listdir(path.parent) == ["file.json"]
+    assert path.read_text() == '{\n "a": "1"\n}' and os.listdir(path.parent) == ["file.json"]
 
 
 def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
-    (tmp_path / "target").write_text("old")
+    (tmp_path / "target").write_text("{}")
     (tmp_path / "link").symlink_to("target")
-    config.write_json(str(tmp_path / "link"), 7, "give another file")
+    write_json(str(tmp_path / "link"), 7, "give another file", ANSWERS)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "7"
-    config.write_json("/dev/null", 7, "give another file")
+    write_json("/dev/null", 7, "give another file", ANSWERS)
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
@@ -33,7 +36,25 @@ def test_a_path_that_cannot_be_written_is_named_with_the_remedy(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     os.mkdir("folder")
     with refused(name, words, "give another file"):
-        config.write_json(name, 7, "give another file")
+        write_json(name, 7, "give another file", ANSWERS)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer, not the file itself"),
+        ("<!DOCTYPE html>\n<html>", "a web page was saved in place of the file"),
+        ("\ufeff \n<HTML lang=en>", "a web page was saved in place of the file"),
+    ],
+)
+def test_what_a_failed_download_left_is_recognized_in_any_file(tmp_path, content, words):
+    path = tmp_path / "file"
+    path.write_text(content)
+    for read in (read_text, read_json):
+        with refused("file: ", words):
+            read(str(path), "the data set", "give another")
+    with refused("file: ", words):
+        require_model_file(str(path))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The conversions between PyTorch, TensorFlow's checkpoint and graph, ONNX and int8; and input that does not fit."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -131,21 +132,30 @@ def test_the_commands_name_a_file_that_they_cannot_read(command, tmp_path):
         command(pytorch_to_onnx, "--model", "nowhere")
 
 
-def test_variables_that_question_answering_does_not_use_are_skipped(tiny, stored, tmp_path, caplog):
-    extra = {
-        "global_step": np.int64(5),
-        "bert/pooler/dense/kernel": np.zeros((48, 48), np.float32),
-        "cls/squad/output_bias/adam_m": np.zeros(2, np.float32),
-        "cls/predictions/output_bias": np.zeros(60),
-    }
+KERNEL, BIAS = "bert/encoder/layer_1/intermediate/dense/kernel", "cls/squad/output_bias"
+SLOT, ONE = np.zeros((48, 96), np.float32), np.float32(1)
+UNUSED = {
+    "other heads": {"bert/pooler/dense/kernel": np.zeros((48, 48)), "cls/predictions/output_bias": np.zeros(60)},
+    "Google's Adam": {f"{KERNEL}/adam_m": SLOT, f"{BIAS}/adam_v": np.zeros(2), "global_step": np.int64(5)},
+    "TensorFlow's Adam": {f"{KERNEL}/Adam": SLOT, f"{KERNEL}/Adam_1": SLOT, "beta1_power": ONE, "beta2_power": ONE},
+    "BERTAdam": {f"{KERNEL}/BERTAdam": SLOT, f"{KERNEL}/BERTAdam_1": SLOT, "beta1_power": ONE},
+    "LAMB": {f"{KERNEL}/LAMB": SLOT, f"{KERNEL}/lamb_v": SLOT},
+    "Adafactor": {f"{KERNEL}_slot_vr": np.zeros(48), f"{KERNEL}_slot_vc": np.zeros(96)},
+    "momentum and averages": {f"{KERNEL}/Momentum": SLOT, f"{KERNEL}/ExponentialMovingAverage": SLOT},
+    "slots in a scope": {f"training/Adam/{KERNEL}/m": SLOT, "training/Adam/iter": np.int64(3)},
+    "a loss scale": {"loss_scale": ONE, "good_steps": np.int32(0), "current_loss_scale": ONE, "loss_scale/steps": ONE},
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_variables_that_question_answering_does_not_use_are_skipped(tiny, stored, tmp_path, caplog, kind):
     with caplog.at_level("INFO"):
-        weights = read_checkpoint(save(tmp_path / "model.ckpt", {**stored, **extra}), tiny.bert_config)
-    assert "39 variables used, 4 skipped" in caplog.text
+        weights = read_checkpoint(save(tmp_path / "model.ckpt", {**stored, **UNUSED[kind]}), tiny.bert_config)
+    assert f"39 variables used, {len(UNUSED[kind])} skipped" in caplog.text
     assert weights.keys() == tiny.weights.keys()
     assert all(np.array_equal(weights[name], tiny.weights[name]) for name in tiny.weights)
 
 
-KERNEL, BIAS = "bert/encoder/layer_1/intermediate/dense/kernel", "cls/squad/output_bias"
 FOREIGN = "bert/encoder/layer_2/output/dense/bias"
 
 
@@ -155,7 +165,9 @@ FOREIGN = "bert/encoder/layer_2/output/dense/bias"
         ({KERNEL: None}, [f"{KERNEL} is missing"]),
         ({KERNEL: None, BIAS: None}, [f"{KERNEL} is missing", f"{BIAS} is missing"]),
         ({KERNEL: np.zeros((96, 48), np.float32)}, [f"{KERNEL} is (96, 48), not (48, 96)"]),
-        ({FOREIGN: np.zeros(48)}, [f"{FOREIGN} is not BERT's"]),
+        ({FOREIGN: np.zeros(48)}, ["3 layers, the configuration says 2", f"{FOREIGN} is not BERT's"]),
+        ({f"{KERNEL}_quantized": np.zeros(48)}, [f"{KERNEL}_quantized is not BERT's"]),
+        ({"cls/squad/output_weights": None, BIAS: None}, ["holds a BertModel without qa_outputs"]),
         ({BIAS: np.array([0, np.nan], np.float32)}, [f"{BIAS} holds NaN"]),
     ],
 )
@@ -300,8 +312,9 @@ def test_a_calibration_list_of_another_data_set_is_refused(quantize, lines, word
 
 def test_a_file_without_products_to_quantize_is_refused(quantize, tiny, tmp_path):
     quantize(range(2))
-    with refused("int8.onnx", "fp32"):
-        quantize(range(2), "int8.onnx")
+    os.rename(tmp_path / "int8.onnx", tmp_path / "done.onnx")
+    with refused("done.onnx", "fp32"):
+        quantize(range(2), "done.onnx")
     (tmp_path / "text.onnx").write_text("a text")
     for name in ("text.onnx", "nowhere.onnx"):
         with refused(name):

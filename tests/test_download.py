@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, fails, refused
 from mirrors import BIG, CONTENT, NOWHERE, complete, mirror_server, project
 
-import config
+from files import locked_folder
 from tools import download
 from tools.download import EVERY
 
@@ -160,7 +160,7 @@ def test_a_full_disk_is_reported_before_anything_is_fetched(server, site, monkey
 def test_the_second_of_two_downloads_says_who_has_the_lock_waits_and_fetches_nothing(server, site, caplog):
     caplog.set_level("INFO", "bert")
     folder = site.file("").resolve()
-    with config.locked_folder(str(folder), "a test"):
+    with locked_folder(str(folder), "a test"):
         threads = [threading.Thread(target=site.fetch, args=(server.address,)) for _ in range(2)]
         for thread in threads:
             thread.start()

@@ -14,6 +14,7 @@ from test_submission_plan import write_plan
 
 import config
 from demo import make_data
+from files import lock_folder, lock_holder, locked_folder, read_toml
 from tools.submission import __main__, runs
 from tools.submission.plan import read_plan
 
@@ -21,7 +22,7 @@ HOLD = f"""if True:
     import sys
     sys.path.insert(0, {str(ROOT)!r})
     import config
-    with config.locked_folder("folder", "a test"):
+    with locked_folder("folder", "a test"):
         print("locked", flush=True)
         sys.stdin.read()
 """
@@ -39,20 +40,20 @@ def test_a_locked_folder_is_refused_with_the_process_that_has_it(folder):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
         with refused(f"folder: process {process.pid} ({sys.executable} -c", "runs a test there; wait until it ends"):
-            config.lock_folder("folder", "a test")
+            lock_folder("folder", "a test")
         os.mkdir("other")
-        with config.locked_folder("other", "a test"):
+        with locked_folder("other", "a test"):
             pass
         process.communicate("")
-    with config.locked_folder("folder", "a test"):  # the lock ended with the process
+    with locked_folder("folder", "a test"):  # the lock ended with the process
         pass
     assert os.listdir("folder") == []
 
 
 def test_a_command_may_wait_for_the_lock(folder, caplog):
     caplog.set_level("INFO", "bert")
-    held = config.lock_folder("folder", "a test")
-    thread = threading.Thread(target=lambda: os.close(config.lock_folder("folder", "a test", wait=True)))
+    held = lock_folder("folder", "a test")
+    thread = threading.Thread(target=lambda: os.close(lock_folder("folder", "a test", wait=True)))
     thread.start()
     thread.join(0.3)
     assert thread.is_alive() and f"folder: process {os.getpid()} (" in caplog.text
@@ -67,7 +68,7 @@ def test_a_file_system_without_locks_is_a_notice(folder, monkeypatch, caplog, nu
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with config.locked_folder("folder", "a test"):
+    with locked_folder("folder", "a test"):
         assert f"notice: folder: no locks there ({os.strerror(number)})" in caplog.text
     assert len(caplog.messages) == 1
 
@@ -78,21 +79,21 @@ def test_another_fault_of_the_lock_is_an_error(folder, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with refused("folder: cannot lock this folder (Input/output error)"):
-        config.lock_folder("folder", "a test")
+        lock_folder("folder", "a test")
     (folder / "file").touch()
     with refused("file/folder: cannot use this folder (Not a directory)"):
-        config.lock_folder("file/folder", "a test")
+        lock_folder("file/folder", "a test")
 
 
 def test_a_platform_without_locks_is_a_notice(folder, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    with config.locked_folder("folder", "a test"):
+    with locked_folder("folder", "a test"):
         assert "notice: folder: this platform has no locks" in caplog.text
 
 
 def test_a_holder_that_cannot_be_found_is_another_process(folder):
     descriptor = os.open(folder, os.O_RDONLY)
-    assert config.lock_holder(descriptor) == "another process"  # nobody has the lock
+    assert lock_holder(descriptor) == "another process"  # nobody has the lock
     os.close(descriptor)
 
 
@@ -106,7 +107,7 @@ def test_a_second_submission_is_refused_and_deletes_nothing(folder):
     run.parent.mkdir(parents=True)
     run.touch()
     with (
-        config.locked_folder(runs.RUNS, "tools.submission"),
+        locked_folder(runs.RUNS, "tools.submission"),
         refused(f"build/submission-runs: process {os.getpid()} (", "runs tools.submission there; wait"),
     ):
         __main__.submit("plan.toml")
@@ -124,7 +125,7 @@ def test_a_run_that_a_killed_submission_left_running_is_not_deleted(folder, monk
     (unfinished,) = (folder / "build/submission-runs").iterdir()
     (unfinished / "mlperf_log_detail.txt").touch()
     with (
-        config.locked_folder(str(unfinished), "run.py"),
+        locked_folder(str(unfinished), "run.py"),
         refused(f"{unfinished.name}: process {os.getpid()} (", "runs run.py there; wait until it ends"),
     ):
         runs.ensure_run(plan, {}, "Offline", "accuracy")
@@ -137,7 +138,7 @@ def test_a_run_that_a_killed_submission_left_running_is_not_deleted(folder, monk
 def test_a_second_demo_make_data_is_refused(folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_data", "--dev=dev.json", "--train=train/train.json"])
     monkeypatch.setattr(make_data, "make_document", lambda *_: {"data": []})
-    with config.locked_folder("train", "demo.make_data"), refused("train: process", "runs demo.make_data there"):
+    with locked_folder("train", "demo.make_data"), refused("train: process", "runs demo.make_data there"):
         make_data.main()
     assert os.listdir("train") == [] and not os.path.exists("dev.json")
     make_data.main()
@@ -166,4 +167,4 @@ def test_printable_text_is_one_line_without_control_characters(text, expected):
 def test_a_damaged_toml_file_is_one_line(folder, text):
     (folder / "a.toml").write_text(text)
     with refused("a.toml: the plan is not TOML (", "; correct it"):
-        config.read_toml("a.toml", "the plan", "correct it")
+        read_toml("a.toml", "the plan", "correct it")

@@ -108,8 +108,9 @@ def test_a_weight_that_does_not_fit_is_named(folder, demo, name, change, words):
 
 def test_of_many_faults_four_are_named(folder, demo):
     bert_config, weights = demo
-    with refused(f"{len(weights) - 5} more"):
-        read_weights(folder(bert_config, dict(list(weights.items())[:1])))
+    few = {name: tensor for name, tensor in weights.items() if not name.startswith("bert.encoder")}
+    with refused(f"{len(weights) - len(few) - 4} more"):
+        read_weights(folder(bert_config, few))
 
 
 class Intruder:

@@ -17,7 +17,7 @@ from config import SCENARIOS
 from create_squad_data import load_features
 from loadgen import find_peak
 from loadgen_logs import prepare_log_folder, read_detail_log, verdict
-from run import check_vocab, parse_args
+from run import parse_args
 
 # Every scenario forms its batches in another way; a dtype or framework changes nothing there, so two are enough for it.
 RESPONSES = [
@@ -158,7 +158,7 @@ def test_the_logits_are_those_of_hugging_faces_model(run, tmp_path, demo_feature
 
 def test_the_logs_of_earlier_runs_stay_in_the_log_folder(tmp_path, monkeypatch):
     """Two of them ended in the same second; the lock of the folder would last until this process ends."""
-    monkeypatch.setattr("config.lock_folder", lambda *args, **options: None)
+    monkeypatch.setattr("loadgen_logs.lock_folder", lambda *args, **options: None)
     logs = tmp_path / "logs"
     logs.mkdir()
     for text in ("first", "second"):
@@ -221,12 +221,6 @@ def test_find_peak_tries_rates_until_the_highest_valid_one(null, tmp_path):
     peak = float(re.match("([0-9.]+) samples/s is the highest", result.stdout.splitlines()[-1])[1])
     assert 20 < peak < 1300
     assert (tmp_path / f"build/logs/target_qps-{peak:.6g}/mlperf_log_summary.txt").exists()
-
-
-def test_the_vocabulary_must_fit_the_model_unless_its_size_is_unknown():
-    vocab = dict.fromkeys(map(str, range(100)), 0)
-    for size in (None, 100, 227):
-        check_vocab("v.txt", vocab, 99, size)
 
 
 def test_help_is_grouped_and_loads_no_package(script):

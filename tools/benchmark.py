@@ -10,6 +10,8 @@ them. LoadGen is left out: with a backend that computes nothing it handles over 
 """
 
 import argparse
+import glob
+import hashlib
 import multiprocessing
 import os
 import queue
@@ -30,6 +32,7 @@ import config
 from backends import BACKENDS, RunOptions, load_backend
 from batching import plan_batching
 from create_squad_data import Features, Squad, load_features, read_vocab
+from files import atomic_write, file_digest, write_json
 from model_files import model_files, read_config
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
@@ -50,11 +53,19 @@ def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarra
 
 
 def convert_model(backend: str, dtype: str, folder: str) -> str:
-    """Return the model for `backend` in `dtype`, converted from the one in `folder` (Hugging Face's form)."""
-    prefix = os.path.join(FOLDER, os.path.basename(os.path.normpath(folder)))
+    """Return the model for `backend` in `dtype`, converted from the one in `folder` (Hugging Face's form).
+
+    The name of a converted model has a digest of all that it is made from, so that an old one is not used.
+    """
+    if backend == "pytorch":
+        return folder
+    files = model_files(folder)
+    sources = [files.config_file, *sorted(glob.glob(f"{config.ROOT}/convert/*.py"))]
+    digests = [files.digest(), *map(file_digest, sources)]
 
     def convert(name: str, module: str, *args: str) -> str:
-        path = f"{prefix}-{name}"
+        key = hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+        path = os.path.join(FOLDER, f"{os.path.basename(os.path.normpath(folder))}-{key}-{name}")
         if not os.path.exists(path):
             config.log_progress(f"writing {path}")
             command = [sys.executable, "-m", f"convert.{module}", *args, path.removesuffix(".index")]
@@ -62,14 +73,17 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
                 raise config.UserError(f"{path}: convert.{module} failed; run `make venv BACKEND=convert` first")
         return path
 
-    if backend == "pytorch":
-        return folder
     if backend == "tf":
-        convert("tf/model.ckpt.index", "pytorch_to_tf", "--model", folder, "--tf_checkpoint")
-        source = ("--tf_checkpoint", f"{prefix}-tf/model.ckpt", "--bert_config", f"{prefix}-tf/bert_config.json")
+        index = convert("tf/model.ckpt.index", "pytorch_to_tf", "--model", folder, "--tf_checkpoint")
+        beside = os.path.join(os.path.dirname(index), "bert_config.json")
+        source = ("--tf_checkpoint", index.removesuffix(".index"), "--bert_config", beside)
         return convert("model.pb", "freeze_tf", *source, "--out")
     onnx = convert("model.onnx", "pytorch_to_onnx", "--model", folder, "--onnx_out")
-    return convert("int8.onnx", "quantize_onnx", "--onnx", onnx, "--out") if dtype == "int8" else onnx
+    if dtype != "int8":
+        return onnx
+    calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
+    digests += map(file_digest, filter(os.path.isfile, (*config.dataset_files(), calibration)))
+    return convert("int8.onnx", "quantize_onnx", "--onnx", onnx, "--out")
 
 
 def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model: str) -> None:
@@ -239,8 +253,9 @@ def main() -> None:
     """Measure the runs that the command line names and print the table."""
     args = parse_args()
     dataset, vocab_file = config.dataset_files()
+    os.environ["VOCAB_FILE"] = vocab_file  # for the processes whose model lies in another folder
     squad, features = load_features(dataset, vocab_file)
-    given = os.environ.get("ML_MODEL_FILE_WITH_PATH")
+    given = config.local_model(os.environ.get("ML_MODEL_FILE_WITH_PATH", ""))
     folder = given or os.path.join(FOLDER, "bert-large-random")
     if not given and not os.path.exists(folder):
         import torch
@@ -253,7 +268,7 @@ def main() -> None:
         os.rename(f"{folder}.part", folder)
     if not given and not os.environ.get("CALIBRATION_FILE"):  # random weights need no calibration on a hundred samples
         os.environ["CALIBRATION_FILE"] = os.path.join(FOLDER, "calibration.txt")
-        with config.atomic_write(os.environ["CALIBRATION_FILE"], REMEDY) as file:
+        with atomic_write(os.environ["CALIBRATION_FILE"], REMEDY, "a calibration list") as file:
             file.write(b"0\n1\n2\n3\n")
     bert_config = read_config(model_files(folder)[0])
     rows = spread_samples(features.lengths, min(args.samples, len(features)))
@@ -287,11 +302,11 @@ def main() -> None:
     gemm = ", ".join(f"{name} {rate / 1e9:.0f} Gop/s" for name, rate in peak.items())
     note = f"{folder}, {len(query)} samples of {tokens:.0f} tokens on average; rounds: {args.rounds}; peak GEMM: {gemm}"
     print(text, note, sep="\n\n")
-    with config.atomic_write(os.path.join(FOLDER, "table.md"), REMEDY) as file:
+    with atomic_write(os.path.join(FOLDER, "table.md"), REMEDY, "a benchmark's table") as file:
         file.write(f"{text}\n\n{note}\n".encode())
     rates, latencies = {run.name: run.rates for run in runs}, {run.name: run.latencies for run in runs}
     result = {"note": note, "rows": table, "rates": rates, "latencies_ms": latencies}
-    config.write_json(os.path.join(FOLDER, "table.json"), result, REMEDY)
+    write_json(os.path.join(FOLDER, "table.json"), result, REMEDY, "a benchmark's results")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 python3 -m tools.download                      for every backend and for `make convert`
 python3 -m tools.download --backend=pytorch    for this backend
 
-`make setup` runs it. It leaves correct files alone, renames a file with a wrong md5 to NAME.old, and resumes an
-interrupted download (NAME.part). MODEL_MIRROR may name a folder, or the http(s) address of one, that has the files.
+`make setup` runs it. It leaves correct files alone, renames a file with a wrong md5 to NAME.old (or NAME.old.2, …),
+and resumes an interrupted download (NAME.part). MODEL_MIRROR may name a folder, or the http(s) address of one, that has
+the files.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -22,7 +24,8 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
 import config
-from config import UserError, file_digest, log_progress, printable
+from config import UserError, log_progress, printable
+from files import file_digest, locked_folder
 
 EVERY = ("tf", "pytorch", "ray", "onnxruntime", "openvino", "convert")
 PYTORCH, ONNX = ("pytorch", "ray"), ("onnxruntime", "openvino")
@@ -198,6 +201,12 @@ def download(url: str, part: str, total: int | None, limit: int) -> None:
                 time.sleep(WAIT_S * 2 ** (failures - 1))
 
 
+def unused_name(path: str) -> str:
+    """Return `path`, or else the first of PATH.2, PATH.3, … that does not exist."""
+    names = itertools.chain([path], (f"{path}.{number}" for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def fetch(file: File, source: str, total: int | None) -> None:
     """Bring one file of the manifest to its path. Raises UserError."""
     part = f"{file.path}.part"
@@ -216,7 +225,7 @@ def fetch(file: File, source: str, total: int | None) -> None:
             raise UserError(f"{printable(source)}: {fault}; try later, or {MIRROR}")
         return fetch(file, source, total)  # the interrupted download may have been of another file
     if os.path.exists(file.path):
-        os.replace(file.path, f"{file.path}.old")
+        os.replace(file.path, unused_name(f"{file.path}.old"))
     return os.replace(part, file.path)
 
 
@@ -248,7 +257,7 @@ def main() -> None:
     backend = parser.parse_args().backend
     folder, mirror = os.path.dirname(config.DATASET), os.environ.get("MODEL_MIRROR", "")
     try:
-        with config.locked_folder(folder, "tools.download", wait=True):
+        with locked_folder(folder, "tools.download", wait=True):
             fetch_missing([file for file in FILES if backend in (None, *file.backends)], mirror, folder)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}; free space or correct permissions") from None

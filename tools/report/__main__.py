@@ -21,12 +21,12 @@ from tools.report.page import write_report
 def main() -> None:
     """Write the report that the command line asks for and print the path of its page."""
     parser = config.argument_parser(__doc__)
-    dataset, vocab = config.dataset_files()
     add, several = parser.add_argument, f"{config.BUILD_DIR}/report"
     add("folders", nargs="+", metavar="LOG_FOLDER", help="folder of LoadGen's logs, or of several such folders")
     add("--out", help=f"folder to write into (default: LOG_FOLDER; for several, {several})")
-    add("--val_data", help=f"the runs' SQuAD v1.1 JSON file (default: that of record.json, or else {dataset})")
-    add("--vocab_file", help=f"the runs' vocab.txt (default: that of record.json, or else {vocab})")
+    otherwise = "(default: that of record.json, or else the one that run.py would use)"
+    add("--val_data", help=f"the runs' SQuAD v1.1 JSON file {otherwise}")
+    add("--vocab_file", help=f"the runs' vocab.txt {otherwise}")
     add("--output_dtype", default="float32", choices=DTYPES, help="dtype of the responses (default: %(default)s)")
     add("--output_transposed", action="store_true", help="responses hold all start logits, then all end logits")
     args = parser.parse_args()

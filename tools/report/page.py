@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import config
 from config import UserError
 from create_squad_data import load_features
+from files import atomic_write
 from loadgen_logs import primary_metric, timestamp
 from tools.report.plots import MANY, STYLE, Chart, Curves, curves_of, draw_comparison, draw_run, number
 from tools.report.published import Tables, compare_published, draw_published
@@ -190,7 +191,7 @@ def write_report(folders: list[str], out: str, given: Paths = (None, None), form
     paths, names = find_folders(folders)
     path = os.path.join(out, "report.html")
     remedy = "name another folder with --out"
-    with config.atomic_write(path, remedy) as file, rc_context(STYLE), warnings.catch_warnings():
+    with atomic_write(path, remedy, "a report") as file, rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a name may have characters that matplotlib's font lacks
         sections, unreadable = read_sections(paths, names, out, given, form)
         runs = [section.run for section in sections]

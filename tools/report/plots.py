@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from files import atomic_write
 from loadgen_logs import primary_metric
 from tools.report.read import Run, Samples
 
@@ -77,7 +78,9 @@ def save_chart(axes: Axes, out: str, name: str, caption: str, summary: str = "",
     axes.set_ylim(bottom=bottom)
     if (legend := axes.get_legend_handles_labels())[0]:
         figure.legend(*legend, loc="outside lower left", ncols=2, fontsize=9)
-    figure.savefig(os.path.join(out, f"report-{name}.png"), dpi=160)
+    path = os.path.join(out, f"report-{name}.png")
+    with atomic_write(path, "name another folder with --out", "a chart") as png:
+        figure.savefig(png, format="png", dpi=160)
     figure.set_layout_engine("none")  # keep the layout, whose computation takes a third of the time
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-import config
+from files import read_text
 from loadgen_logs import primary_metric
 from tools.report.plots import COLORS, SERIES, Chart, new_axes, number, save_chart
 from tools.report.read import Run
@@ -71,7 +71,7 @@ class Tables(NamedTuple):
 
 def read_published(scenario: str) -> list[Published]:
     """Return the published results of a scenario. Raises UserError if the file of the project is damaged."""
-    text = config.read_text(str(DATA), "the published results", "restore it from git")
+    text = read_text(str(DATA), "the published results", "restore it from git")
     found = []
     for row in csv.DictReader(text.splitlines()):
         if row["scenario"] != scenario:

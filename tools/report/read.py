@@ -12,6 +12,7 @@ import numpy as np
 import config
 from config import UserError
 from create_squad_data import Features, Question, Squad, load_features, read_vocab
+from files import read_text
 from loadgen_logs import ACCURACY_LOG, DETAIL_LOG, EARLIER, METRICS, RECORD, TRACE_LOG, read_entries, read_record
 from squad_eval import read_log, score_log, score_question
 from tools.report.values import brief, checked_log, checked_record, clean, described_system
@@ -126,7 +127,7 @@ def use_data_set(run: Run, given: Paths, form: Form, load: Loader = load_feature
     Raises UserError if the data set or the responses cannot be used.
     """
     recorded = run.record.get("dataset"), run.record.get("vocab")
-    dataset, vocab = (name or own or default for name, own, default in zip(given, recorded, config.dataset_files()))
+    dataset, vocab = config.dataset_files(given[0] or recorded[0], given[1] or recorded[1])
     lost = "score" if run.accuracy else "chart of latency by sequence length"
     effect = f"so there is no {lost}; name the run's files with --val_data and --vocab_file"
     for path in (dataset, vocab):
@@ -248,7 +249,7 @@ def logged_samples(run: Run) -> float | None:
 def submitted_score(folder: str, notes: list[str]) -> dict[str, float] | None:
     """Return the score in a submission's accuracy.txt, None if there is none."""
     path = os.path.join(folder, ACCURACY_TXT)
-    text = config.read_text(path, "the score", "correct it", errors="replace") if os.path.isfile(path) else ""
+    text = read_text(path, "the score", "correct it", errors="replace") if os.path.isfile(path) else ""
     found = SCORE.search(text)
     if not found or max(map(float, found.groups())) > 100:
         return None

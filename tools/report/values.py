@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import config
+from files import read_json
 from loadgen_logs import METRICS
 
 MAX_TEXT = 2000  # characters of a text that the page shows
@@ -106,7 +107,7 @@ def described_system(folder: str, notes: list[str]) -> dict[str, Any]:
     else:
         return {}
     try:
-        found = config.read_json(str(path), "the system's description", "correct it")
+        found = read_json(str(path), "the system's description", "correct it")
     except config.UserError as error:
         notes.append(f"{error}.")
         return {}

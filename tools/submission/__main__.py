@@ -16,7 +16,8 @@ import shutil
 import signal
 import sys
 
-from config import UserError, argument_parser, locked_folder, log_progress, printable, run_command
+from config import UserError, argument_parser, log_progress, printable, run_command
+from files import locked_folder
 from loadgen_conf import AUDIT_FILES
 from tools.submission.check import LOG_FOLDERS, SCENARIOS, VERSIONS, check, find_version
 from tools.submission.official import checker_module, run_official

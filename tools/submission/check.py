@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError, log_progress, notice, printable, read_toml
+from config import UserError, log_progress, notice, printable
+from files import read_toml
 from loadgen_logs import ACCURACY_LOG, DETAIL_LOG, METRICS, SUMMARY_LOG, primary_metric, read_entries
 
 RULES: dict[str, Any] = read_toml(str(Path(__file__).with_name("rules.toml")), "the rules", "restore it from git")

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from typing import Any
 
 from backends import BACKENDS
-from config import UserError, printable, read_toml
+from config import UserError, local_model, printable
+from files import read_toml
 from tools.submission.check import BENCHMARKS, FIELDS, VERSIONS
 
 Plan = dict[str, Any]  # the values of plan.toml, all texts but "system", which is a dict of texts
@@ -37,7 +38,7 @@ def read_plan(path: str) -> Plan:
             faults.append(f"{name} is {value!r}, expected {' or '.join(CHOICES[name])}")
         elif value and name in FOLDERS and not re.fullmatch(r"\w[\w.+-]{0,99}", value, re.ASCII):
             faults.append(f"{name} is {value!r}; only letters, digits and . + - _ are allowed, at most 100")
-        elif value and name in (*FILES, "calibration") and not os.path.exists(value):
+        elif value and name in (*FILES, "calibration") and not os.path.exists(local_model(value)):
             faults.append(f"{name} is {value}: no such file")
     known, described = FIELDS["required"] + FIELDS["optional"], describe_system(plan)
     faults += [f"{name} in [system] is unknown" for name in system if name not in known]

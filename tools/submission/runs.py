@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distributions
 from typing import Any
 
 import config
-from config import ROOT, UserError, file_digest, locked_folder, log_progress
+from config import ROOT, UserError, log_progress
+from files import file_digest, locked_folder, read_text, write_json
 from loadgen_conf import SEEDS, read_conf
-from loadgen_logs import RECORD, check_logs, read_record
+from loadgen_logs import LIBRARIES, RECORD, check_logs, read_record
+from model_files import CONFIG_FILES, model_files
 from tools.submission.check import RULES, seeds
 from tools.submission.plan import Plan, describe_machine
 
@@ -21,14 +24,17 @@ RUNS = f"{config.BUILD_DIR}/submission-runs"  # each run has a folder in it
 RUN_LOG, INPUTS = "run.log", "run.json"  # in a run's folder: run.py's output, the run's inputs
 # The project's files that a run uses. The rest of convert/ only writes model files, which are inputs themselves.
 SOURCES = ("*.py", "bert_config.json", "convert/calibration.py")
+PACKAGES = {*LIBRARIES, "onnxruntime-gpu", "ray", "safetensors"}  # those that compute
 # TEST01 is a performance run (LoadGen's mode 2).
 AUDIT_CONFIG = "*.*.mode = 2\n" + "".join(f"*.*.{key} = {value}\n" for key, value in RULES["test01"]["audit"].items())
 
 
 def file_hashes(path: str) -> dict[str, str]:
-    """Return {name: sha256} of a model: of the files in the folder `path`, or of a file and its bert_config.json."""
+    """Return {name: sha256} of a model: of the files in its folder, or of a file, its parts and its configuration."""
+    path = config.local_model(path)
     folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
-    names = [name, "bert_config.json"] if name else sorted(os.listdir(folder))
+    parts = map(os.path.basename, model_files(path).parts if name else ())
+    names = [name, *parts, *CONFIG_FILES] if name else sorted(os.listdir(folder))
     return {name: file_digest(file) for name in names if os.path.isfile(file := os.path.join(folder, name))}
 
 
@@ -37,6 +43,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     sources = [name for pattern in SOURCES for name in glob.glob(pattern, root_dir=ROOT)]
     return {
         "machine": describe_machine(),
+        "packages": {dist.name: dist.version for dist in distributions() if dist.name.lower() in PACKAGES},
         "model": file_hashes(plan["model"]),
         **{name: file_digest(plan[name]) for name in ("dataset", "vocab", "calibration") if plan.get(name)},
         "variables": {name: os.environ[name] for name in config.COMPUTE_VARIABLES if os.environ.get(name)},
@@ -46,7 +53,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
 
 def scenario_settings(path: str, scenario: str) -> list[str]:
     """Return the lines of the user.conf `path` that apply to `scenario`; the others do not change its runs."""
-    text = config.read_text(path, "LoadGen's settings", "give a text file")
+    text = read_text(path, "LoadGen's settings", "give a text file")
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     others = [f".{name}." for name in config.SCENARIOS if name != scenario]
     return [line for line in lines if line and not any(other in line for other in others)]
@@ -85,7 +92,7 @@ def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> 
     with locked_folder(folder, "run.py"):  # which a command that was killed may have left running
         shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    text = config.read_text(plan["user_conf"], "LoadGen's settings", "give a text file").rstrip("\n")
+    text = read_text(plan["user_conf"], "LoadGen's settings", "give a text file").rstrip("\n")
     with open(f"{folder}/user.conf", "w", encoding="utf-8") as file:
         file.write(f"{text}\n\n# The seeds of MLPerf {plan['version']}.\n")
         file.writelines(f"*.*.{name} = {seed}\n" for name, seed in seeds(plan["version"]).items())
@@ -99,7 +106,7 @@ def ensure_run(plan: Plan, common: dict[str, Any], scenario: str, kind: str) -> 
     line, status = execute(command, {**os.environ, **files, **others}, f"{folder}/{RUN_LOG}")
     if status:
         raise UserError(f"{folder}: {line or f'run.py ended with status {status}'}; {RUN_LOG} there has its output")
-    config.write_json(f"{folder}/{INPUTS}", inputs, "free disk space")
+    write_json(f"{folder}/{INPUTS}", inputs, "free disk space", "a run's inputs")
     return folder
 
 

@@ -7,8 +7,9 @@ import subprocess
 
 import numpy as np
 
-from config import BUILD_DIR, ROOT, UserError, atomic_write, file_digest, read_json, read_text, write_json
+from config import BUILD_DIR, ROOT, UserError
 from create_squad_data import load_features, read_vocab
+from files import atomic_write, file_digest, read_json, read_text, write_json
 from loadgen_logs import ACCURACY_LOG, DETAIL_LOG, SUMMARY_LOG, primary_metric, read_detail_log
 from squad_eval import Logits, read_log, score_log
 from tools.submission.check import (
@@ -27,15 +28,19 @@ from tools.submission.runs import AUDIT_CONFIG, common_backend, file_hashes
 Runs = dict[tuple[str, str], str]  # {(scenario, key of LOG_FOLDERS): the run's folder}
 TREE = f"{BUILD_DIR}/submission"
 DISK, LOG_REMEDY = "free disk space", "remove the run's folder"
+NEW = "a new file"  # the tree is empty at first
 
 
 def write_tree(plan: Plan, runs: Runs) -> None:
     """Replace the folder TREE by the tree of finished runs."""
     backend = common_backend(list(runs.values()), plan["dtype"])
+    foreign = set(os.listdir(TREE) if os.path.isdir(TREE) else ()) - set(RULES["divisions"])
+    if foreign:
+        raise UserError(f"{TREE}: holds {min(foreign)}, which is not a part of a submission's tree; move it away")
     shutil.rmtree(TREE, ignore_errors=True)
     top = f"{TREE}/{plan['division']}/{plan['submitter']}"
     system, benchmark = plan["system_name"], plan["benchmark"]
-    write_json(f"{top}/systems/{system}.json", describe_system(plan, backend), DISK)
+    write_json(f"{top}/systems/{system}.json", describe_system(plan, backend), DISK, NEW)
     source = source_folder(plan["version"], top, benchmark)
     copy_source(source)
     if plan["dtype"] == "int8":
@@ -60,9 +65,9 @@ def write_scenario(folders: Folders, plan: Plan, runs: Runs, backend: str) -> No
     measurements = {name: plan[name] for name in ("retraining", "weight_transformations")}
     measurements |= {"input_data_types": "int32", "weight_data_types": plan["dtype"]}
     measurements["starting_weights_filename"] = os.path.basename(os.path.normpath(plan["model"]))
-    write_json(f"{folders.measurements}/measurements.json", measurements, DISK)
+    write_json(f"{folders.measurements}/measurements.json", measurements, DISK, NEW)
     if folders.measurements != folders.results:  # where MLPerf's checker reads the file that begins with this name
-        write_json(f"{folders.measurements}/{plan['system_name']}.json", measurements, DISK)
+        write_json(f"{folders.measurements}/{plan['system_name']}.json", measurements, DISK, NEW)
     accuracy_score = score(plan, accuracy)
     write_accuracy(f"{folders.results}/accuracy", accuracy, accuracy_score)
     write(f"{test01}/verify_performance.txt", verify_performance(scenario, performance, test))
@@ -84,7 +89,7 @@ def write_scenario(folders: Folders, plan: Plan, runs: Runs, backend: str) -> No
 
 def write(path: str, text: str) -> None:
     """Write the file `path`, and its folder if it is missing."""
-    with atomic_write(path, DISK) as file:
+    with atomic_write(path, DISK, NEW) as file:
         file.write(text.encode())
 
 
