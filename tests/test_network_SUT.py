@@ -24,7 +24,8 @@ import network_SUT
 from backends import Backend, RunOptions
 from batching import BatchPlan
 from create_squad_data import load_features
-from network_SUT import NetworkSUT, describe, serve
+from network_format import describe
+from network_SUT import NetworkSUT, serve
 from pytorch_SUT import PyTorchBackend
 from squad_QSL import SquadQSL
 from squad_SUT import Worker
@@ -258,14 +259,14 @@ def test_a_bad_binary_request_is_refused_and_the_server_still_answers(demo, body
 
 
 def test_a_model_of_unknown_vocabulary_takes_every_token_id():
-    network_SUT.check((np.array([1]), np.array([2**31 - 1]), np.array([0])), None)
+    network_format.check((np.array([1]), np.array([2**31 - 1]), np.array([0])), None)
     with pytest.raises(ValueError, match="0 to 99 are possible"):
-        network_SUT.check((np.array([1]), np.array([100]), np.array([0])), 100)
+        network_format.check((np.array([1]), np.array([100]), np.array([0])), 100)
 
 
 def assert_valid(samples):
     lengths, ids, segments = samples
-    network_SUT.check(samples, 100)
+    network_format.check(samples, 100)
     assert len(ids) == len(segments) == lengths.sum()
     assert (lengths > 0).all() and (ids >= 0).all() and (ids < 100).all()
 
@@ -299,7 +300,7 @@ LISTS = st.fixed_dictionaries({name: st.lists(st.integers(-1, 2), max_size=3) | 
 )
 def test_any_json_request_is_taken_completely_or_refused(body):
     with contextlib.suppress(ValueError):
-        assert_valid(network_SUT.decode_json(body)[0])
+        assert_valid(network_format.decode_json(body)[0])
 
 
 def test_a_slow_client_and_a_thousand_idle_connections_delay_nobody(demo):
