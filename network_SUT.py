@@ -265,6 +265,8 @@ class Server:
             peers.wait(connection, TRANSFER_S)
             await response.prepare(request)
             await response.write_eof()
+            if task in peers.refusals:
+                connection.force_close()  # the rest of the request is not awaited
         finally:
             self.open.discard(request_id)
             peers.forget(task)
@@ -356,6 +358,7 @@ async def listen(
     stop: asyncio.Event,
 ) -> None:
     """Serve until `stop` is set; call `ready` with the port first. Raises OSError if it cannot listen."""
+    logging.getLogger("aiohttp.server").addFilter(is_unexpected)
     max_connections, backlog = connection_limits()
     peers = Peers(max_connections)
     server = Server(sut, vocab_size, description, peers)
@@ -384,7 +387,6 @@ def serve(backend: Backend, plan: BatchPlan, worker: Worker, options: RunOptions
     if port > 65535:  # uvloop would take it modulo 65536
         raise UserError(f"--port={port}: the highest is 65535; give another")
     description = worker.submit(lambda: network_format.describe(backend, options.node)).result()
-    logging.getLogger("aiohttp.server").addFilter(is_unexpected)
 
     def ready(_: int) -> None:
         config.log_progress(f"{description['name']}, ready on http://{host}:{port}; end it with Ctrl-C")
