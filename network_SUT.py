@@ -7,7 +7,7 @@ POST /predict/ takes samples and returns their logits. If the content type is ap
     {"result": [[start, end], …], "id": …}
 
 A list has 1 to 384 numbers, with or without padding at the end; the result has a pair for each token that is not
-padding. A list of up to 1,024 queries gets a list of results; the id is optional. A request that cannot be used is
+padding. A list of up to 512 queries gets a list of results; the id is optional. A request that cannot be used is
 refused with a status of 4xx and one line of text. POST or GET /getname/ returns what a client must know of the server
 (`describe`); /getname/?open=ID also whether the server still works on the request of this id.
 
@@ -16,6 +16,7 @@ and the work of a connection that was closed is dropped.
 """
 
 import asyncio
+import ctypes
 import itertools
 import logging
 import resource
@@ -46,20 +47,20 @@ try:
 except ImportError:
     uvloop = None
 
-MAX_BYTES = 8 * 2**20  # of a request; 1,024 padded samples take about 5 MB of JSON
+# The C library keeps freed memory: 160 MB after 36 large requests of which 64 MB were in use. Only glibc has a remedy.
+return_memory = getattr(ctypes.CDLL(None), "malloc_trim", id)
+
+MAX_BYTES = 4 * 2**20  # of a request; 512 padded samples take about 3 MB of JSON
 MAX_HELD = 256 * 2**20  # bytes that all open requests may hold together
 INLINE_BYTES = 64 * 2**10  # what is decoded in the event loop, under 1 ms; the rest is decoded in a thread
-LOGIT_BYTES, LOGIT_BYTES_JSON = 8, 64  # of a token's logits in a response; in JSON they take 40 to 50 as text
 TRANSFER_S = 20  # a request must arrive within this time, and the peer must take its response within it
 IDLE_S = 75  # then a connection without a request is closed; clients of version 1.0.0 rely on 30
 LOOK_S = 1  # how often it is checked whether a time is over
 MAX_CONNECTIONS = 2048
-DESCRIPTORS = 64  # what the process has open besides connections
 
 Query = namedtuple("Query", ("index", "id"))  # what a LoadGen query has; the id is the `Chunk`
 Result = TypeVar("Result")
 Task = asyncio.Task[Any]
-Handler = Callable[[web.BaseRequest], Awaitable[web.Response]]
 
 
 @dataclass(eq=False)
@@ -164,6 +165,13 @@ def fail(error: BaseException) -> None:
     config.end_process(f"error: a worker failed: {type(error).__name__}: {config.first_line(error)}", 1)
 
 
+class RefusedError(Exception):
+    """Answer a request with an error status instead of logits."""
+
+    def __init__(self, status: int, text: str, **headers: str) -> None:
+        self.response = web.Response(status=status, text=text, headers=headers)
+
+
 class Peers:
     """Bound what the peers of a server may take: connections, time and memory."""
 
@@ -173,15 +181,15 @@ class Peers:
         # that waits for the rest of a request).
         self.waiting: dict[Any, tuple[float, float, Task | None]] = {}
         self.held: dict[Task, int] = {}  # bytes of each open request
-        self.refusals: dict[Task, web.HTTPException] = {}  # of tasks that were cancelled for it
+        self.refusals: dict[Task, RefusedError] = {}  # of tasks that were cancelled for it
+        self.large = False  # whether a large request was seen since memory was returned to the system
 
     def accept(self, server: web.Server) -> Any:
         """Return the protocol of a new connection; if there are too many, close the one that has waited longest."""
-        if len(server.connections) >= self.max_connections:
-            longest = next((connection for connection in self.waiting if connection.transport), None)
-            if longest:
-                longest.transport.abort()
-                del self.waiting[longest]
+        longest = next((connection for connection in self.waiting if connection.transport), None)
+        if longest and len(server.connections) >= self.max_connections:
+            longest.transport.abort()
+            del self.waiting[longest]
         connection = server()
         self.wait(connection, TRANSFER_S)
         return connection
@@ -191,22 +199,20 @@ class Peers:
         self.waiting.pop(connection, None)  # so that it becomes the last
         self.waiting[connection] = time.monotonic(), seconds, task
 
-    def stop_waiting(self, connection: Any) -> None:
-        """Do not close a connection: its request has arrived and is worked on."""
-        self.waiting.pop(connection, None)
-
-    async def close_late(self) -> None:
-        """Close connections whose peer is too slow, for ever; a request that does not arrive is refused."""
+    async def look_after(self) -> None:
+        """Close connections whose peer is too slow; return freed memory to the system. It does not end."""
         while True:
             await asyncio.sleep(LOOK_S)
+            if self.large and max(self.held.values(), default=0) <= INLINE_BYTES:
+                self.large = False
+                await asyncio.to_thread(return_memory, 0)
             now = time.monotonic()
             for connection, (since, seconds, task) in list(self.waiting.items()):
                 if connection.transport is None:
                     if now - since > LOOK_S:  # otherwise it may be so new that it has none yet
                         del self.waiting[connection]
                 elif now - since > seconds and task:
-                    text = f"the request did not arrive within {seconds:g} s\n"
-                    self.refuse(task, web.HTTPRequestTimeout(text=text))
+                    self.refuse(task, RefusedError(408, f"the request did not arrive within {seconds:g} s\n"))
                 elif now - since > seconds:
                     connection.transport.abort()
 
@@ -215,30 +221,26 @@ class Peers:
         task = asyncio.current_task()
         assert task
         self.held[task] = self.held.get(task, 0) + size
+        self.large = self.large or self.held[task] > INLINE_BYTES
         if sum(self.held.values()) > MAX_HELD:
             text = f"the open requests hold more than {MAX_HELD // 2**20} MiB, this one the most; send less at once\n"
-            refusal, largest = web.HTTPServiceUnavailable(text=text), max(self.held, key=self.held.__getitem__)
+            largest = max(self.held, key=self.held.__getitem__)
             if largest is task:
-                raise refusal
-            self.refuse(largest, refusal)
+                raise RefusedError(503, text)
+            self.refuse(largest, RefusedError(503, text))
 
-    def refuse(self, task: Task, refusal: web.HTTPException) -> None:
+    def refuse(self, task: Task, refusal: RefusedError) -> None:
         """End the task of a request, which is answered with a refusal."""
         self.held.pop(task, None)
         self.refusals[task] = refusal
         task.cancel()
 
-    def forget(self, task: Task) -> None:
-        """Forget a task, whose request is answered."""
-        self.held.pop(task, None)
-        self.refusals.pop(task, None)
-
 
 class Server:
     """Answer HTTP requests with a `NetworkSUT`, within the bounds of `Peers`."""
 
-    def __init__(self, sut: NetworkSUT, vocab_size: int | None, description: dict[str, Any], peers: Peers) -> None:
-        self.sut, self.vocab_size, self.description, self.peers = sut, vocab_size, description, peers
+    def __init__(self, sut: NetworkSUT, description: dict[str, Any], peers: Peers) -> None:
+        self.sut, self.description, self.peers = sut, description, peers
         self.handlers = {("POST", "/predict/"): self.predict}
         self.handlers |= {(method, "/getname/"): self.getname for method in ("POST", "GET", "HEAD")}
         self.threads = ThreadPoolExecutor(1)  # one, because an interpreter's threads share a core
@@ -254,12 +256,12 @@ class Server:
         try:
             try:
                 response = await self.handler(request)(request)
-            except web.HTTPException as refusal:
-                response = refusal
+            except RefusedError as refusal:
+                response = refusal.response
             except asyncio.CancelledError:
                 if task not in peers.refusals:
                     raise  # the connection was closed
-                response = peers.refusals[task]
+                response = peers.refusals[task].response
             if request_id:
                 response.headers[SEAL] = network_format.seal(request_id, response.body)
             peers.wait(connection, TRANSFER_S)
@@ -269,21 +271,24 @@ class Server:
                 connection.force_close()  # the rest of the request is not awaited
         finally:
             self.open.discard(request_id)
-            peers.forget(task)
+            peers.held.pop(task, None)
+            peers.refusals.pop(task, None)
         peers.wait(connection, IDLE_S)
-        if isinstance(response, web.HTTPException):
-            raise response  # it has been sent, but aiohttp wants it so
         return response
 
-    def handler(self, request: web.BaseRequest) -> Handler:
-        """Return what answers a request. Raises web.HTTPException if nothing does."""
+    def handler(self, request: web.BaseRequest) -> Callable[[web.BaseRequest], Awaitable[web.Response]]:
+        """Return what answers a request. Raises RefusedError if nothing does."""
         if handler := self.handlers.get((request.method, request.path)):
             return handler
-        methods = [method for method, path in self.handlers if path == request.path]
-        raise web.HTTPMethodNotAllowed(request.method, methods) if methods else web.HTTPNotFound()
+        methods = ",".join(method for method, path in self.handlers if path == request.path)
+        raise (
+            RefusedError(405, "405: Method Not Allowed", Allow=methods)
+            if methods
+            else RefusedError(404, "404: Not Found")
+        )
 
     async def receive(self, request: web.BaseRequest) -> bytearray:
-        """Return the body of a request. Raises web.HTTPException if it is too large or damaged."""
+        """Return the body of a request. Raises RefusedError if it is too large or damaged."""
         if request.headers.get("Expect", "").lower() == "100-continue":  # the peer waits for it with the body
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
@@ -293,13 +298,13 @@ class Server:
                 self.peers.hold(len(part))
                 if len(body) > MAX_BYTES:
                     text = f"the request has more than {MAX_BYTES // 2**20} MiB; send fewer samples at once\n"
-                    raise web.HTTPRequestEntityTooLarge(MAX_BYTES, text=text)
+                    raise RefusedError(413, text)
         except web.RequestPayloadError as error:
             problem = config.first_line(error)
-            raise web.HTTPBadRequest(text=f"the request's body is damaged or incomplete: {problem}\n") from None
+            raise RefusedError(400, f"the request's body is damaged or incomplete: {problem}\n") from None
         seal = request.headers.get(SEAL)
         if seal and seal != network_format.seal(seal.partition(" ")[0], body):
-            raise web.HTTPBadRequest(text=f"{SEAL} does not fit the body, which was damaged on its way\n")
+            raise RefusedError(400, f"{SEAL} does not fit the body, which was damaged on its way\n")
         return body
 
     async def run(self, size: int, call: Callable[..., Result], *args: Any) -> Result:
@@ -311,18 +316,19 @@ class Server:
     async def predict(self, request: web.BaseRequest) -> web.Response:
         """Return the logits of a request's samples."""
         body = await self.receive(request)
-        self.peers.stop_waiting(request.protocol)
+        self.peers.waiting.pop(request.protocol, None)  # all of it has arrived, and now the peer waits
         binary = "Content-Type" in request.headers and request.content_type == network_format.CONTENT_TYPE
         try:
-            samples, query = await self.run(len(body), network_format.decode_request, body, binary, self.vocab_size)
+            vocab_size = self.sut.backend.vocab_size
+            samples, query = await self.run(len(body), network_format.decode_request, body, binary, vocab_size)
         except ValueError as error:
-            raise web.HTTPBadRequest(text=f"{error}\n") from None
-        size = len(samples[1]) * (LOGIT_BYTES if binary else LOGIT_BYTES_JSON)
+            raise RefusedError(400, f"{error}\n") from None
+        size = len(samples[1]) * (8 if binary else 64)  # of the response; in JSON, a token's logits take 40 to 50 bytes
         self.peers.hold(size)
         try:
             logits = await self.sut.logits(samples)
         except Exception as error:  # whatever the backend raised
-            raise web.HTTPInternalServerError(text=f"{type(error).__name__}: {config.first_line(error)}\n") from None
+            raise RefusedError(500, f"{type(error).__name__}: {config.first_line(error)}\n") from None
         if binary:
             return web.Response(body=logits.astype("<f4").tobytes(), content_type=network_format.CONTENT_TYPE)
         content = await self.run(size, network_format.encode_json, logits, samples[0], query)
@@ -340,7 +346,7 @@ def connection_limits() -> tuple[int, int]:
     if descriptors == resource.RLIM_INFINITY:
         descriptors = 2 * MAX_CONNECTIONS
     backlog = min(128, descriptors // 4)
-    return max(1, min(MAX_CONNECTIONS, descriptors - backlog - DESCRIPTORS)), backlog
+    return max(1, min(MAX_CONNECTIONS, descriptors - backlog - 64)), backlog  # 64: for what else the process opens
 
 
 def is_unexpected(record: logging.LogRecord) -> bool:
@@ -349,19 +355,11 @@ def is_unexpected(record: logging.LogRecord) -> bool:
     return not isinstance(error, (http.HttpProcessingError, web.RequestPayloadError, ConnectionError))
 
 
-async def listen(
-    sut: NetworkSUT,
-    vocab_size: int | None,
-    description: dict[str, Any],
-    address: tuple[str, int],
-    ready: Callable[[int], object],
-    stop: asyncio.Event,
-) -> None:
-    """Serve until `stop` is set; call `ready` with the port first. Raises OSError if it cannot listen."""
+async def listen(sut: NetworkSUT, description: dict[str, Any], address: Any, ready: Any, stop: asyncio.Event) -> None:
+    """Serve at `address`, (host, port), until `stop` is set; first call `ready(port)`. Raises OSError."""
     logging.getLogger("aiohttp.server").addFilter(is_unexpected)
     max_connections, backlog = connection_limits()
-    peers = Peers(max_connections)
-    server = Server(sut, vocab_size, description, peers)
+    server = Server(sut, description, peers := Peers(max_connections))
     protocols = web.Server(
         server.respond,
         access_log=None,
@@ -371,7 +369,7 @@ async def listen(
     )
     accept = partial(peers.accept, protocols)
     listening = await asyncio.get_running_loop().create_server(accept, *address, backlog=backlog)
-    closing = asyncio.create_task(peers.close_late())
+    closing = asyncio.create_task(peers.look_after())
     ready(listening.sockets[0].getsockname()[1])
     await stop.wait()
     listening.close()
@@ -397,7 +395,7 @@ def serve(backend: Backend, plan: BatchPlan, worker: Worker, options: RunOptions
             loop.add_signal_handler(number, stop.set)
         sut = NetworkSUT(backend, plan, worker)
         try:
-            await listen(sut, backend.vocab_size, description, (host, port), ready, stop)
+            await listen(sut, description, (host, port), ready, stop)
         finally:
             sut.stop()
 

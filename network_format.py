@@ -2,7 +2,7 @@
 
 A request is little-endian arrays, one after the other:
 
-    uint32 (1,)         B, the number of samples, at most 1,024
+    uint32 (1,)         B, the number of samples, at most 512
     uint32 (B,)         tokens of each sample, 1 to 384
     int32 (tokens,)     token ids, sample after sample without padding
     uint8 (tokens,)     segments, 0 or 1, in the same order
@@ -32,7 +32,8 @@ CONTENT_TYPE = "application/octet-stream"
 POLICY_NAMES: dict[BatchPolicy, str] = {"mixed": "any", "same_length": "equal", "single": "one"}  # in /getname/
 INPUTS = ("input_ids", "input_mask", "segment_ids")  # of the JSON form
 TOKEN_LIMIT = 2**31  # above every token id
-MAX_SAMPLES = 1024  # of a request, hence at most 393,216 tokens: 2 MB in the binary form, about 5 MB in JSON
+MAX_SAMPLES = 512  # of a request, hence at most 196,608 tokens: 1 MB in the binary form, about 3 MB in JSON
+MAX_WORKERS = 1024  # of a server; a client starts a thread for each
 MAX_NAME = 200  # characters of a server's name in LoadGen's log
 SEAL = "X-LoadGen-Request"  # a header
 
@@ -217,21 +218,19 @@ def read_description(content: bytes) -> Description:
         found = json.loads(content)
         of_reference = "instance" not in found and found.keys() <= {"name"}
         if of_reference:
-            found |= {
-                "workers": 1,
-                "backend": "",
-                "vocab_size": 2**63 - 1,
-                "together": "one",
-                "instance": "",
-                "logits": "",
-            }
+            found |= OF_REFERENCE
+        is_open = found.get("open")
+        if any(type(found[key]) is not type(value) for key, value in {"name": "", **OF_REFERENCE}.items()):
+            raise TypeError
+        if not 0 < found["workers"] <= MAX_WORKERS or found["vocab_size"] < 1 or is_open not in (None, True, False):
+            raise ValueError
         model = {
             "backend": found["backend"],
-            "vocabulary size": int(found["vocab_size"]),
+            "vocabulary size": found["vocab_size"],
             "batch policy": {name: policy for policy, name in POLICY_NAMES.items()}[found["together"]],
             "logits digest": found["logits"],
         }
-        name = log_text(str(found["name"]))[:MAX_NAME]
-        return Description(name, str(found["instance"]), int(found["workers"]), model, of_reference, found.get("open"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError("another service answers there") from None
+    name = log_text(found["name"])[:MAX_NAME]
+    return Description(name, found["instance"], found["workers"], model, of_reference, is_open)

@@ -134,7 +134,7 @@ def serving(backend, max_tokens=100, port=0):
             started.put(SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, sut=sut, loop=loop, end=end))
 
         description = network_format.describe(backend, "")
-        await network_SUT.listen(sut, backend.vocab_size, description, ("127.0.0.1", port), ready, stop)
+        await network_SUT.listen(sut, description, ("127.0.0.1", port), ready, stop)
         sut.stop()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
@@ -206,7 +206,8 @@ def fake_servers():
     servers = []
 
     def start(predict=zeros, protocol="HTTP/1.1", description=None, **changes):
-        description = description or DESCRIPTION | {"instance": str(len(servers))} | changes
+        if description is None:
+            description = DESCRIPTION | {"instance": str(len(servers))} | changes
         handler = type("Handler", (Fake,), {"protocol_version": protocol})
         address = "localhost", 0
         servers.append(http.server.ThreadingHTTPServer(address, partial(handler, description, predict)))

@@ -87,13 +87,13 @@ def test_a_request_of_a_third_of_a_million_samples_is_refused_and_delays_nobody(
     body = b"".join(array.astype(kind).tobytes() for array, kind in zip(arrays, ("<u4", "<u4", "<i4", "u1")))
     with health_checks(server):
         assert refusal(server, text[: 16 * 2**20 - 1])[0] == 413
-        assert refusal(server, text[: 8 * 2**20 - 1])[0] == 400
+        assert refusal(server, text[: 4 * 2**20 - 1])[0] == 400
         assert refusal(server, body, CONTENT_TYPE)[0] == 413
-        assert refusal(server, body[: 8 * 2**20], CONTENT_TYPE)[0] == 400
+        assert refusal(server, body[: 4 * 2**20], CONTENT_TYPE)[0] == 400
 
 
 @pytest.mark.parametrize("encode", [lambda n: samples_json(n), lambda n: network_format.encode(random_batch(*[3] * n))])
-def test_a_request_has_at_most_1024_samples(server, encode):
+def test_a_request_has_at_most_512_samples(server, encode):
     kind = CONTENT_TYPE if encode(1)[0] == 1 else "application/json"
     assert server.post(encode(MAX_SAMPLES), kind)
     status, text = refusal(server, encode(MAX_SAMPLES + 1), kind)
@@ -102,7 +102,7 @@ def test_a_request_has_at_most_1024_samples(server, encode):
 
 def test_health_checks_are_answered_while_large_requests_are_decoded_and_encoded(server):
     body = samples_json(MAX_SAMPLES, 80, 304)
-    assert 2**21 < len(body) < network_SUT.MAX_BYTES
+    assert 2**20 < len(body) < network_SUT.MAX_BYTES
     with health_checks(server):
         threads = [threading.Thread(target=server.post, args=(body,)) for _ in range(2)]
         for thread in threads:
