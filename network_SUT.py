@@ -86,10 +86,7 @@ class NetworkSUT(SquadSUT):
         super().__init__(backend, self, replace(plan, policy=policy, concurrency=backend.concurrency), fail, worker)
 
     async def logits(self, samples: Samples) -> np.ndarray:
-        """Return the logits of a request's samples, float32 (tokens, 2). Raises what the backend raised.
-
-        If this is cancelled, what does not run yet is dropped.
-        """
+        """Return the logits, float32 (tokens, 2), or raise what the backend raised; if cancelled, drop the samples."""
         lengths, ids, segments = samples
         rows, first, start = deque(Pending(row, None, 0) for row in range(len(lengths))), 0, 0
         issued: deque[Query] = deque()
@@ -153,10 +150,8 @@ class NetworkSUT(SquadSUT):
 def settle(futures: Sequence["asyncio.Future[np.ndarray]"], results: Sequence[Any]) -> None:
     """Complete the futures with logits or exceptions, except those of requests that were dropped."""
     for future, result in zip(futures, results):
-        if isinstance(result, Exception) and not future.done():
-            future.set_exception(result)
-        elif not future.done():
-            future.set_result(result)
+        if not future.done():
+            (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
 
 
 def fail(error: BaseException) -> None:
@@ -177,8 +172,7 @@ class Peers:
 
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
-        # Connections that wait for their peer, the longest waiting first: (since when, for how many seconds, the task
-        # that waits for the rest of a request).
+        # Connections that wait for their peer, the longest first: (since when, for how many seconds, a request's task).
         self.waiting: dict[Any, tuple[float, float, Task | None]] = {}
         self.held: dict[Task, int] = {}  # bytes of each open request
         self.refusals: dict[Task, RefusedError] = {}  # of tasks that were cancelled for it
@@ -218,16 +212,14 @@ class Peers:
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes for the current task's request; if all hold too many, refuse the largest one."""
-        task = asyncio.current_task()
-        assert task
+        assert (task := asyncio.current_task())
         self.held[task] = self.held.get(task, 0) + size
         self.large = self.large or self.held[task] > INLINE_BYTES
         if sum(self.held.values()) > MAX_HELD:
-            text = f"the open requests hold more than {MAX_HELD // 2**20} MiB, this one the most; send less at once\n"
-            largest = max(self.held, key=self.held.__getitem__)
-            if largest is task:
-                raise RefusedError(503, text)
-            self.refuse(largest, RefusedError(503, text))
+            refusal = RefusedError(503, f"requests hold more than {MAX_HELD // 2**20} MiB, this one the most\n")
+            if (largest := max(self.held, key=self.held.__getitem__)) is task:
+                raise refusal
+            self.refuse(largest, refusal)
 
     def refuse(self, task: Task, refusal: RefusedError) -> None:
         """End the task of a request, which is answered with a refusal."""
@@ -287,38 +279,38 @@ class Server:
             else RefusedError(404, "404: Not Found")
         )
 
-    async def receive(self, request: web.BaseRequest) -> bytearray:
-        """Return the body of a request. Raises RefusedError if it is too large or damaged."""
+    async def receive(self, request: web.BaseRequest) -> bytes | bytearray:
+        """Return the body of a request. Raises RefusedError or ValueError if it is too large or damaged."""
         if request.headers.get("Expect", "").lower() == "100-continue":  # the peer waits for it with the body
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = bytearray()
+        body: bytes | bytearray = bytearray()
         try:
             while part := await request.content.readany():
                 body += part
                 self.peers.hold(len(part))
                 if len(body) > MAX_BYTES:
-                    text = f"the request has more than {MAX_BYTES // 2**20} MiB; send fewer samples at once\n"
-                    raise RefusedError(413, text)
+                    raise RefusedError(413, f"more than {MAX_BYTES // 2**20} MiB; send fewer samples at once\n")
         except web.RequestPayloadError as error:
-            problem = config.first_line(error)
-            raise RefusedError(400, f"the request's body is damaged or incomplete: {problem}\n") from None
+            raise RefusedError(400, f"the body is damaged or incomplete: {config.first_line(error)}\n") from None
         seal = request.headers.get(SEAL)
         if seal and seal != network_format.seal(seal.partition(" ")[0], body):
             raise RefusedError(400, f"{SEAL} does not fit the body, which was damaged on its way\n")
+        if "Content-Encoding" in request.headers:  # in a thread and with a limit, unlike in aiohttp
+            body = await self.run(MAX_BYTES, network_format.decompress, body, MAX_BYTES)
         return body
 
     async def run(self, size: int, call: Callable[..., Result], *args: Any) -> Result:
         """Return `call(*args)`, which processes `size` bytes; if these are many, it is called in a thread."""
         if size <= INLINE_BYTES:
             return call(*args)
-        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
+        return await self.sut.loop.run_in_executor(self.threads, call, *args)
 
     async def predict(self, request: web.BaseRequest) -> web.Response:
         """Return the logits of a request's samples."""
-        body = await self.receive(request)
-        self.peers.waiting.pop(request.protocol, None)  # all of it has arrived, and now the peer waits
         binary = "Content-Type" in request.headers and request.content_type == network_format.CONTENT_TYPE
         try:
+            body = await self.receive(request)
+            self.peers.waiting.pop(request.protocol, None)  # all of it has arrived, and now the peer waits
             vocab_size = self.sut.backend.vocab_size
             samples, query = await self.run(len(body), network_format.decode_request, body, binary, vocab_size)
         except ValueError as error:
@@ -342,9 +334,8 @@ class Server:
 
 def connection_limits() -> tuple[int, int]:
     """Return how many connections may be (open, accepted by the system but not seen yet), by the free descriptors."""
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if descriptors == resource.RLIM_INFINITY:
-        descriptors = 2 * MAX_CONNECTIONS
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    descriptors = 2 * MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else limit
     backlog = min(128, descriptors // 4)
     return max(1, min(MAX_CONNECTIONS, descriptors - backlog - 64)), backlog  # 64: for what else the process opens
 
@@ -363,12 +354,13 @@ async def listen(sut: NetworkSUT, description: dict[str, Any], address: Any, rea
     protocols = web.Server(
         server.respond,
         access_log=None,
+        auto_decompress=False,
         handler_cancellation=True,  # if a connection is closed, its request is dropped
         keepalive_timeout=IDLE_S,
         read_bufsize=INLINE_BYTES,
     )
     accept = partial(peers.accept, protocols)
-    listening = await asyncio.get_running_loop().create_server(accept, *address, backlog=backlog)
+    listening = await sut.loop.create_server(accept, *address, backlog=backlog)
     closing = asyncio.create_task(peers.look_after())
     ready(listening.sockets[0].getsockname()[1])
     await stop.wait()
@@ -376,7 +368,6 @@ async def listen(sut: NetworkSUT, description: dict[str, Any], address: Any, rea
     closing.cancel()
     protocols.pre_shutdown()
     await protocols.shutdown(1)  # an open request may run for 1 s
-    server.threads.shutdown(wait=False, cancel_futures=True)
 
 
 def serve(backend: Backend, plan: BatchPlan, worker: Worker, options: RunOptions) -> None:

@@ -83,10 +83,24 @@ def check_count(count: int) -> None:
         raise ValueError(f"{count} samples; at most {MAX_SAMPLES} are possible in one request")
 
 
+def decompress(body: bytes | bytearray, limit: int) -> bytes:
+    """Return a body that was compressed with gzip or deflate. Raises ValueError, also for more than `limit` bytes."""
+    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: both have their own header
+    try:
+        content = decompressor.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"the body is not compressed with gzip or deflate ({error})") from None
+    if len(content) > limit or not decompressor.eof:
+        raise ValueError(f"the compressed body is incomplete or has more than {limit} bytes")
+    return content
+
+
 def decode_json(body: bytes | bytearray) -> tuple[Samples, dict[str, Any]]:
     """Return (a JSON request's samples, not checked further, the request). Raises ValueError if it has another form."""
     form = '{"query": {"input_ids": […], "input_mask": […], "segment_ids": […]}}'
-    if body.count(b"[") + body.count(b"{") > 4 * MAX_SAMPLES + 64:  # each sample has 4; bounds the time and the memory
+    # A sample has 4 brackets and at most 3 * 384 numbers. This bounds the time and the memory of what follows.
+    numbers = body.count(b",") - 8 * MAX_SAMPLES
+    if body.count(b"[") + body.count(b"{") > 4 * MAX_SAMPLES + 64 or numbers > 3 * MAX_SEQ_LENGTH * MAX_SAMPLES:
         raise ValueError(f"nested too deeply or more than {MAX_SAMPLES} samples; it must be of the form {form}")
     try:
         request = json.loads(body)
@@ -124,7 +138,7 @@ def check(samples: Samples, vocab_size: int | None) -> None:
             raise ValueError(f"{what} from {values.min()} to {values.max()}; {low} to {high} are possible")
 
 
-def decode_request(body: bytearray, binary: bool, vocab_size: int | None) -> tuple[Samples, dict[str, Any]]:
+def decode_request(body: bytes | bytearray, binary: bool, vocab_size: int | None) -> tuple[Samples, dict[str, Any]]:
     """Return (the samples of a request, the request if it is JSON). Raises ValueError if they cannot be used."""
     samples, query = (decode(body), {}) if binary else decode_json(body)
     check(samples, vocab_size)
