@@ -30,6 +30,7 @@ ASK_S = 1  # without a response for this time, the server is asked whether it is
 LOST_S = 600  # the longest that a server may take for a request if it cannot tell whether it still works on it
 IDLE_S = 30  # a connection that was unused for longer may be broken without notice
 MAX_TEXT = 2**20  # bytes of a response that is not binary
+MAX_REASON = 300  # characters of a server's words in a message
 FAULTS = (OSError, http.client.HTTPException)  # what a broken server or connection raises
 Result = TypeVar("Result")
 
@@ -42,6 +43,11 @@ def retried(call: Callable[[], Result]) -> Result:
         raise
     except FAULTS:
         return call()
+
+
+def reason(error: Exception) -> str:
+    """Return one printable line for one of FAULTS; a server's own words may be part of it."""
+    return network_format.printable(config.first_line(error))[:MAX_REASON]
 
 
 class Arrivals(io.RawIOBase):
@@ -152,7 +158,7 @@ class Node:
                 self.use_reference()
         except FAULTS as error:
             remedy = "start run.py --network=sut, or correct --sut_server"
-            raise UserError(f"{self.address}: no SUT there ({config.first_line(error)}); {remedy}") from None
+            raise UserError(f"{self.address}: no SUT there ({reason(error)}); {remedy}") from None
 
     def use_reference(self) -> None:
         """Describe a server that tells only its name by its logits of a fixed sample. Raises one of FAULTS."""
@@ -183,6 +189,7 @@ class Node:
         """Return (a new connection, the server's description on it). Raises one of FAULTS."""
         connection = Connection(self.server)
         try:
+            self.server = connection.socket.getpeername()[:2]  # the name is not looked up again during a run
             path = f"/getname/?open={waiting_for}" if waiting_for else "/getname/"
             response, content = self.exchange(connection, path, "application/json", b"", MAX_TEXT)
             if response.status != 200:
@@ -260,10 +267,9 @@ class Node:
             limit = max(8 * tokens, MAX_TEXT)
             response, content = self.exchange(connection, "/predict/", content_type, body, limit, request_id)
             if response.status != 200:
-                reason = network_format.log_text(" ".join(content.decode("utf-8", "replace").split()))[:300]
-                raise UserError(
-                    f"{self.address}: {response.status} {response.reason}: {reason}; see the server's output"
-                )
+                text = " ".join(f"{response.reason}: {content.decode('utf-8', 'replace')}".split())
+                text = network_format.printable(text)[:MAX_REASON]
+                raise UserError(f"{self.address}: {response.status} {text}; see the server's output")
             if self.description.of_reference:
                 return network_format.decode_result(content, tokens, request_id)
             return network_format.decode_logits(content, tokens)
@@ -333,7 +339,7 @@ class NetworkBackend(Backend):
         """Send nothing more to a server."""
         with self.lock:
             if not node.lost:
-                node.lost = config.first_line(error)
+                node.lost = reason(error)
                 config.notice(f"{node.address} is lost ({node.lost}); its queries go to the others")
 
     def drop_lost(self) -> None:

@@ -34,7 +34,7 @@ INPUTS = ("input_ids", "input_mask", "segment_ids")  # of the JSON form
 TOKEN_LIMIT = 2**31  # above every token id
 MAX_SAMPLES = 512  # of a request, hence at most 196,608 tokens: 1 MB in the binary form, about 3 MB in JSON
 MAX_WORKERS = 1024  # of a server; a client starts a thread for each
-MAX_NAME = 200  # characters of a server's name in LoadGen's log
+MAX_NAME = 200  # characters of a server's name in LoadGen's log, and of what it says of its model
 SEAL = "X-LoadGen-Request"  # a header
 
 Samples = tuple[np.ndarray, np.ndarray, np.ndarray]  # lengths (B,), token ids (tokens,), segments (tokens,)
@@ -46,14 +46,18 @@ def seal(request_id: str, body: bytes | bytearray) -> str:
     return f"{request_id} {zlib.crc32(body):08x}"
 
 
+def printable(text: str) -> str:
+    """Return `text` with question marks for line ends, escape characters and whatever else cannot be printed."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def log_text(text: str) -> str:
     """Return `text` as LoadGen can log it: quotes, backslashes and unprintable characters become question marks.
 
     LoadGen 6.0.17 escapes nothing in the JSON of its detail log (tried: quotes, backslashes, control characters and
-    unpaired surrogates damage it, other characters beyond ASCII do not). A line end or an escape character would also
-    reach the terminal.
+    unpaired surrogates damage it, other characters beyond ASCII do not).
     """
-    return "".join(char if char.isprintable() and char not in '"\\' else "?" for char in text)
+    return printable(text).replace('"', "?").replace("\\", "?")
 
 
 def encode(batch: Batch) -> bytes:
@@ -230,7 +234,7 @@ def read_description(content: bytes) -> Description:
     """Return what `describe` wrote. Raises ValueError if another service wrote it."""
     try:
         found = json.loads(content)
-        of_reference = "instance" not in found and found.keys() <= {"name"}
+        of_reference = found.keys().isdisjoint(OF_REFERENCE)
         if of_reference:
             found |= OF_REFERENCE
         is_open = found.get("open")
@@ -239,10 +243,10 @@ def read_description(content: bytes) -> Description:
         if not 0 < found["workers"] <= MAX_WORKERS or found["vocab_size"] < 1 or is_open not in (None, True, False):
             raise ValueError
         model = {
-            "backend": found["backend"],
+            "backend": printable(found["backend"])[:MAX_NAME],
             "vocabulary size": found["vocab_size"],
             "batch policy": {name: policy for policy, name in POLICY_NAMES.items()}[found["together"]],
-            "logits digest": found["logits"],
+            "logits digest": printable(found["logits"])[:MAX_NAME],
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError("another service answers there") from None

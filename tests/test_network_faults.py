@@ -213,7 +213,7 @@ HTML = b"<html>\n<h1>It works</h1>" + b"\n<p>" * 1000
         ((200, b""), ["0 bytes"]),
         ((200, HTML), [f"{len(HTML)} bytes", "text/plain"]),
         ((502, HTML), ["502", "It works"]),
-        ((404, b'"\x1b[1m\xff'), ["404", "?"]),
+        ((404, b'"\x1b[1m\xff'), ["404", '"?[1m']),
     ],
 )
 def test_an_unsuitable_response_names_the_server_in_one_line(fake, answer, words):
@@ -234,6 +234,12 @@ NAMES = ['rack "3"', "back\\slash", "line\nend", "tab\t", "\x1b[1mbold", "\0", "
 @pytest.mark.parametrize("name", NAMES)
 def test_a_node_name_that_loadgens_log_cannot_hold_is_refused(command, name):
     assert "--node=" in (line := command("run.py", "--network=sut", "--node", name)) and "another name" in line
+
+
+def test_what_a_server_says_of_its_model_is_shown_in_one_line(fake):
+    one, other = fake(), fake(backend="x\n\x1b[1m" + "y" * 10**5)
+    with refused(one, other, "x??[1my"):
+        connect(one, other)
 
 
 def test_the_names_of_servers_are_cleaned_for_loadgens_log(fake):
