@@ -1,13 +1,19 @@
 """Run batches on the models of other machines (`run.py --network=lon`); LoadGen gets a QDL instead of an SUT."""
 
+import contextlib
+import hashlib
 import http.client
-import json
+import io
+import itertools
 import select
 import socket
 import threading
 import time
+import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -16,91 +22,274 @@ import config
 import network_format
 from backends import Backend, RunOptions
 from config import UserError
+from network_format import MAX_SAMPLES, SEAL, TOKEN_LIMIT
 from squad_QSL import Batch
 
-ANSWER_S = 3  # a server that does not describe itself within this time is lost
+ANSWER_S = 3  # a server that does not describe itself, or does not send a response that it has begun, within this time
+ASK_S = 1  # without a response for this time, the server is asked whether it is alive
+LOST_S = 600  # the longest that a server may take for a request if it cannot tell whether it still works on it
+IDLE_S = 30  # a connection that was unused for longer may be broken without notice
+MAX_TEXT = 2**20  # bytes of a response that is not binary
+MAX_REASON = 300  # characters of a server's words in a message
 FAULTS = (OSError, http.client.HTTPException)  # what a broken server or connection raises
-POLICIES = {name: policy for policy, name in network_format.POLICY_NAMES.items()}
+Result = TypeVar("Result")
+
+
+def retried(call: Callable[[], Result]) -> Result:
+    """Return `call()`; call it once more if a connection was closed or is damaged, but not if the server is silent."""
+    try:
+        return call()
+    except TimeoutError:
+        raise
+    except FAULTS:
+        return call()
+
+
+def reason(error: Exception) -> str:
+    """Return one printable line for one of FAULTS; a server's own words may be part of it."""
+    return network_format.printable(config.first_line(error))[:MAX_REASON]
+
+
+class Arrivals(io.RawIOBase):
+    """The bytes that arrive at a non-blocking socket until `deadline` (time.monotonic())."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.deadline = connection, 0.0
+        self.poll = select.poll()
+        self.poll.register(connection, select.POLLIN)
+
+    def readable(self) -> bool:
+        """Return True, which io.BufferedReader asks for."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Return the number of bytes read, 0 at the end; None if the deadline is 0. Raises TimeoutError at it."""
+        while self.deadline:
+            remaining = self.deadline - time.monotonic()
+            if remaining <= 0 or not self.poll.poll(1000 * remaining):
+                raise TimeoutError("timed out")
+            with contextlib.suppress(BlockingIOError):  # rare, but the system does not promise that poll is right
+                return self.connection.recv_into(buffer)
+        return None
+
+
+class Reader(io.BufferedReader):
+    """A buffer of arrivals that survives the response that was read from it."""
+
+    def close(self) -> None:
+        """Do nothing: http.client closes the file of each response, but the connection has further ones."""
+
+
+class Connection:
+    """Send requests to a server over one connection, and receive the responses."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.socket = socket.create_connection(address, ANSWER_S)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.arrivals = Arrivals(self.socket)
+        self.reader = Reader(self.arrivals)
+        self.last = False  # the server has announced that it closes the connection after the response
+        self.used = time.monotonic()
+
+    def makefile(self, _: str) -> Reader:
+        """Return the file that http.client.HTTPResponse reads."""
+        return self.reader
+
+    def usable(self) -> bool:
+        """Return whether another request can be sent: the connection is open, and no unexpected byte has arrived."""
+        if self.last or time.monotonic() - self.used > IDLE_S:
+            return False
+        self.arrivals.deadline = 0  # so that `peek` only looks into the buffer
+        return not self.reader.peek(1) and not self.arrivals.poll.poll(0)
+
+    def ask(
+        self, request: bytes, limit: int, alive: Callable[[], bool] | None = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Return the response to a request and its content, at most `limit` bytes. Raises one of FAULTS.
+
+        `alive` is called as long as no response arrives, every ASK_S: it raises one of FAULTS if the server is lost,
+        and returns False if it does not work on the request any more.
+        """
+        if (sent := self.socket.send(request)) < len(request):
+            self.socket.settimeout(ANSWER_S)
+            self.socket.sendall(request[sent:])
+            self.socket.setblocking(False)
+        while alive and not self.arrivals.poll.poll(1000 * ASK_S) and alive():
+            pass
+        self.arrivals.deadline = time.monotonic() + ANSWER_S
+        response = http.client.HTTPResponse(self, method="POST")  # type: ignore[arg-type] # it needs only makefile
+        response.begin()
+        content = response.read(limit + 1)
+        if response.length:
+            raise http.client.IncompleteRead(content, response.length)
+        if len(content) > limit:
+            raise http.client.HTTPException(f"a response of more than {limit} bytes")
+        self.last, self.used = response.will_close, time.monotonic()
+        return response, content
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.socket.close()
 
 
 class Node:
     """Talk to the server at an address, http://HOST:PORT. Raises UserError if no SUT answers there."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
+        self.address = network_format.log_text(address)
         try:
             parts = urlsplit(address if "//" in address else f"http://{address}")
-            self.host, self.port = parts.hostname, parts.port or 80
-            if parts.scheme != "http" or not self.host or parts.path.strip("/"):
+            host = (parts.hostname or "").encode("idna").decode()
+            self.server = host, parts.port or 80
+            if parts.scheme != "http" or not host or parts.path.strip("/"):
                 raise ValueError
         except ValueError:
-            raise UserError(f"--sut_server {address}: not of the form http://HOST:PORT; correct it") from None
-        self.instance = ""  # another one after a restart
+            raise UserError(f"--sut_server {self.address}: not of the form http://HOST:PORT; correct it") from None
+        self.host = f"[{host}]:{self.server[1]}" if ":" in host else f"{host}:{self.server[1]}"
+        self.instance = ""
         self.open_requests, self.lost = 0, ""  # why it is lost, if it is
-        self.kept = threading.local()  # .connection of this thread, .used: when (time.monotonic())
-        if error := self.fault():
-            raise UserError(f"{address}: no SUT there ({error}); start run.py --network=sut, or correct --sut_server")
-
-    def connect(self) -> socket.socket:
-        """Return a new connection, after the server has described itself on it. Raises one of FAULTS."""
-        connection = socket.create_connection((self.host, self.port), ANSWER_S)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.kept = threading.local()  # .connection of this thread
+        self.client, self.numbers = uuid.uuid4().hex, itertools.count()  # they make the ids of requests
+        self.seals = False  # whether its responses have the header SEAL
         try:
-            self.send(connection, "/getname/", "application/json", b"")
-            description = json.loads(receive(connection)[1])
-            self.name, self.concurrency = str(description["name"]), int(description["workers"])
-            self.model: dict[str, Any] = {
-                "backend": description["backend"],
-                "vocabulary size": int(description["vocab_size"]),
-                "batch policy": POLICIES[description["together"]],
-                "logits digest": description["logits"],
-            }
-            instance = str(description["instance"])
-        except (ValueError, TypeError, KeyError):
-            connection.close()
-            raise ConnectionError("another service answers there") from None
-        self.instance = self.instance or instance
-        if instance != self.instance:
-            raise ConnectionError("it was restarted")
-        return connection
+            self.description = self.describe()
+            if self.description.of_reference:
+                self.use_reference()
+        except FAULTS as error:
+            remedy = "start run.py --network=sut, or correct --sut_server"
+            raise UserError(f"{self.address}: no SUT there ({reason(error)}); {remedy}") from None
+
+    def use_reference(self) -> None:
+        """Describe a server that tells only its name by its logits of a fixed sample. Raises one of FAULTS."""
+        slower = "one padded sample a request as JSON, slower than the binary form of run.py --network=sut"
+        config.notice(f"{self.address} has the interface of MLPerf's reference: {slower}")
+        logits = self.predict(network_format.fixed_sample())
+        self.description.model["logits digest"] = hashlib.sha256(logits.tobytes()).hexdigest()
 
     def fault(self) -> Exception | None:
         """Return what is wrong with the server, one of FAULTS, or None if it answers."""
         try:
-            self.connect().close()
+            self.describe()
         except FAULTS as error:
             return error
         return None
 
-    def send(self, connection: socket.socket, path: str, content_type: str, body: bytes) -> None:
-        """Send a request in one piece, which saves the server a wake-up; http.client sends two."""
-        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n"
-        head += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode("ascii") + body)
+    def describe(self, waiting_for: str = "") -> network_format.Description:
+        """Return the server's description, asked on a new connection. Raises one of FAULTS."""
 
-    def predict(self, body: bytes) -> bytes:
-        """Return the response to a request. Raises one of FAULTS, or UserError if the server refuses the request."""
-        connection = getattr(self.kept, "connection", None)
-        if not connection or time.monotonic() - self.kept.used > 30:  # unused for 30 s, it may be broken without notice
-            connection = self.kept.connection = self.connect()
-        self.send(connection, "/predict/", network_format.CONTENT_TYPE, body)
-        arrival = select.poll()
-        arrival.register(connection, select.POLLIN)
-        while not arrival.poll(1000):  # no response for 1 s: ask whether the server is alive
-            self.connect().close()
-        response, content = receive(connection)
-        self.kept.used = time.monotonic()
-        if response.status != 200:
-            reason = content.decode("utf-8", "replace").strip().replace("\n", " ")
-            raise UserError(f"{self.address}: {response.status} {response.reason}: {reason}; see the server's output")
-        return content
+        def ask() -> network_format.Description:
+            connection, description = self.connect(waiting_for)
+            connection.close()
+            return description
 
+        return retried(ask)
 
-def receive(connection: socket.socket) -> tuple[http.client.HTTPResponse, bytes]:
-    """Return the response that arrives at a socket, and its content."""
-    response = http.client.HTTPResponse(connection, method="POST")
-    response.begin()
-    return response, response.read()
+    def connect(self, waiting_for: str = "") -> tuple[Connection, network_format.Description]:
+        """Return (a new connection, the server's description on it). Raises one of FAULTS."""
+        connection = Connection(self.server)
+        try:
+            self.server = connection.socket.getpeername()[:2]  # the name is not looked up again during a run
+            path = f"/getname/?open={waiting_for}" if waiting_for else "/getname/"
+            response, content = self.exchange(connection, path, "application/json", b"", MAX_TEXT)
+            if response.status != 200:
+                raise ValueError("another service answers there")
+            description = network_format.read_description(content)
+            self.instance = self.instance or description.instance
+            if description.instance != self.instance:
+                raise ConnectionError("it was restarted")
+        except ValueError as error:
+            connection.close()
+            raise ConnectionError(str(error)) from None
+        except FAULTS:
+            connection.close()
+            raise
+        return connection, description
+
+    def exchange(
+        self, connection: Connection, path: str, content_type: str, body: bytes, limit: int, request_id: str = ""
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Return the response to a request and its content. Raises one of FAULTS, also for another request's response.
+
+        A request is sent in one piece, which saves the server a wake-up; http.client sends two.
+        """
+        alive = partial(self.works_on, request_id, time.monotonic()) if request_id else None
+        request_id = request_id or self.new_id()
+        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: {content_type}\r\n"
+        head += f"Content-Length: {len(body)}\r\n{SEAL}: {network_format.seal(request_id, body)}\r\n\r\n"
+        response, content = connection.ask(head.encode("ascii") + body, limit, alive)
+        seal = response.headers[SEAL]
+        self.seals = self.seals or bool(seal)
+        if self.seals and seal != network_format.seal(request_id, content):
+            kind = f"{response.status} {response.reason}, {response.headers.get_content_type()}"
+            raise ConnectionError(f"a response ({kind}) belongs to another request or was damaged on its way")
+        return response, content
+
+    def new_id(self) -> str:
+        """Return an id that no other request has."""
+        return f"{self.client}-{next(self.numbers)}"
+
+    def works_on(self, request_id: str, since: float) -> bool:
+        """Return whether the server works on a request that was sent at `since`. Raises one of FAULTS if it is lost."""
+        works = self.describe(request_id).open
+        if works is None and time.monotonic() - since > LOST_S:
+            raise TimeoutError(f"no response within {LOST_S} s")
+        return works is not False
+
+    def connection(self) -> Connection:
+        """Return this thread's connection, a new one if it cannot be used any more. Raises one of FAULTS."""
+        kept: Connection | None = getattr(self.kept, "connection", None)
+        if kept and kept.usable():
+            return kept
+        if kept:
+            kept.close()
+        connection = None
+        if not self.description.of_reference:
+            connection, _ = self.connect()  # an SUT that was restarted may have another model
+            if connection.last:
+                connection.close()
+        if not connection or connection.last:
+            connection = Connection(self.server)
+        self.kept.connection = connection
+        return connection
+
+    def attempt(self, batch: Batch, body: bytes) -> np.ndarray:
+        """Return the logits of a batch. Raises one of FAULTS, or UserError if the server refuses the request.
+
+        `body` is the binary request; it is not used with MLPerf's reference.
+        """
+        tokens, request_id = int(batch.lengths.sum()), self.new_id()
+        content_type = network_format.CONTENT_TYPE
+        if self.description.of_reference:
+            content_type, body = "application/json", network_format.encode_sample(batch, request_id)
+        connection = self.connection()
+        try:
+            limit = max(8 * tokens, MAX_TEXT)
+            response, content = self.exchange(connection, "/predict/", content_type, body, limit, request_id)
+            if response.status != 200:
+                text = " ".join(f"{response.reason}: {content.decode('utf-8', 'replace')}".split())
+                text = network_format.printable(text)[:MAX_REASON]
+                raise UserError(f"{self.address}: {response.status} {text}; see the server's output")
+            if self.description.of_reference:
+                return network_format.decode_result(content, tokens, request_id)
+            return network_format.decode_logits(content, tokens)
+        except (*FAULTS, ValueError) as error:
+            connection.last = True  # what arrives on it now may belong to any request
+            if isinstance(error, ValueError):
+                kind = response.headers.get_content_type()
+                raise ConnectionError(f"its response of type {kind} is {error}") from None
+            raise
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        """Return the logits, float32 (tokens, 2). Raises one of FAULTS, or UserError if the server refuses them."""
+        arrays = batch.input_ids, batch.input_mask, batch.segment_ids, batch.lengths
+        step = 1 if self.description.of_reference else MAX_SAMPLES
+        logits = []
+        for row in range(0, len(batch), step):
+            part = Batch(*(array[row : row + step] for array in arrays)) if len(batch) > step else batch
+            body = b"" if self.description.of_reference else network_format.encode(part)
+            logits.append(retried(partial(self.attempt, part, body)))
+        return np.concatenate(logits) if len(logits) > 1 else logits[0]
 
 
 class NetworkBackend(Backend):
@@ -111,16 +300,17 @@ class NetworkBackend(Backend):
         self.nodes = [Node(address) for address in options.sut_server]
         first = self.nodes[0]
         for node in self.nodes:
-            for what, value in first.model.items():
-                if node.model[what] != value:
-                    difference = f"its {what} is {node.model[what]}, but {value} on {first.address}"
+            for what, value in first.description.model.items():
+                if (found := node.description.model[what]) != value:
+                    difference = f"its {what} is {found}, but {value} on {first.address}"
                     raise UserError(f"{node.address}: {difference}; all must run the same model on equal machines")
-        if len({node.instance for node in self.nodes}) < len(self.nodes):
+        if len({node.instance or node.host for node in self.nodes}) < len(self.nodes):
             raise UserError(f"--sut_server {' '.join(options.sut_server)}: a server is named twice; name each once")
-        vocab_size, self.batch_policy = first.model["vocabulary size"], first.model["batch policy"]
-        self.vocab_size = vocab_size if vocab_size < network_format.TOKEN_LIMIT else None
-        self.concurrency = sum(node.concurrency + 1 for node in self.nodes)  # none idles while a response travels
-        self.name = ", ".join(node.name for node in self.nodes)
+        vocab_size = first.description.model["vocabulary size"]
+        self.batch_policy = first.description.model["batch policy"]
+        self.vocab_size = vocab_size if vocab_size < TOKEN_LIMIT else None
+        self.concurrency = sum(node.description.workers + 1 for node in self.nodes)  # none idles as a response travels
+        self.name = ", ".join(node.description.name or node.address for node in self.nodes)
 
     def node_names(self) -> str:
         """Return the names of the servers, after asking again whether they answer."""
@@ -129,7 +319,6 @@ class NetworkBackend(Backend):
 
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the logits, float32 (tokens, 2), from another server if one is lost. Raises UserError if all are."""
-        body = network_format.encode(batch)
         while True:
             with self.lock:
                 if not (living := [node for node in self.nodes if not node.lost]):
@@ -138,7 +327,7 @@ class NetworkBackend(Backend):
                 node = min(living, key=lambda node: node.open_requests)
                 node.open_requests += 1
             try:
-                return np.frombuffer(node.predict(body), "<f4").reshape(-1, 2)
+                return node.predict(batch)
             except FAULTS as error:
                 self.drop(node, error)
                 self.drop_lost()
@@ -150,7 +339,7 @@ class NetworkBackend(Backend):
         """Send nothing more to a server."""
         with self.lock:
             if not node.lost:
-                node.lost = config.first_line(error)
+                node.lost = reason(error)
                 config.notice(f"{node.address} is lost ({node.lost}); its queries go to the others")
 
     def drop_lost(self) -> None:

@@ -13,6 +13,7 @@ import difflib
 import importlib.util
 import os
 import queue
+import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -85,9 +86,9 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
     add("--port", type=count, help="with --network=sut (default: %(default)s)")
     add(
         "--sut_server",
-        nargs="+",
+        nargs="*",
         metavar="URL",
-        help=f"with --network=lon: servers (default: {RunOptions.sut_server[0]})",
+        help=f"with --network=lon: servers, separated by spaces or commas (default: {RunOptions.sut_server[0]})",
     )
 
     parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(RunOptions)} | {"dtype": None})
@@ -99,7 +100,9 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
             parser.error(f"--quantized is --dtype=int8, not {values['dtype']}; give one of them")
         values["dtype"] = "int8"
     values["dtype"] = values["dtype"] or RunOptions.dtype
-    options = RunOptions(**values | {"sut_server": tuple(values["sut_server"])})
+    servers = [server.strip() for word in values["sut_server"] for server in word.split(",")]
+    values["sut_server"] = tuple(filter(None, servers)) or RunOptions.sut_server  # none: as in MLPerf's reference
+    options = RunOptions(**values)
     if options.find_peak and (options.scenario != "Server" or options.accuracy):
         parser.error("--find_peak needs --scenario=Server in performance mode")
     if options.quick and (options.accuracy or options.find_peak):
@@ -116,11 +119,15 @@ def serve_backend(options: RunOptions) -> None:
     try:
         from network_SUT import serve
     except ModuleNotFoundError as error:
-        remedy = "`make venv BACKEND=network` installs it"
+        remedy = f"`make venv BACKEND=network` or `{sys.executable} -m pip install {error.name}` installs it"
         raise UserError(f"--network=sut needs the package {error.name}; {remedy}") from None
     from batching import BatchPlan
+    from network_format import log_text
     from squad_SUT import Worker
 
+    if log_text(options.node) != options.node:
+        problem = "LoadGen's log cannot hold quotes, backslashes and unprintable characters; give another name"
+        raise UserError(f"--node={options.node!r}: {problem}")
     log_progress("loading the model")
     worker = Worker()
     backend = worker.submit(lambda: load_backend(options)).result()

@@ -21,7 +21,7 @@ from tools.submission.plan import read_plan
 HOLD = f"""if True:
     import sys
     sys.path.insert(0, {str(ROOT)!r})
-    import config
+    from files import locked_folder
     with locked_folder("folder", "a test"):
         print("locked", flush=True)
         sys.stdin.read()

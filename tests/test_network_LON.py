@@ -7,31 +7,20 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 from helpers import DEMO_ENV, LIMIT_S, SHORT_RUNS, random_batch, refused, run_script, running
-from servers import Server, echo_server, responses, running_servers
+from servers import Server, echo_server, fake_servers, responses, running_servers, zeros
 
-import network_format
 from backends import RunOptions
 from create_squad_data import load_features
 from network_LON import NetworkBackend, Node
+from run import parse_args
 from squad_QSL import SquadQSL
 
 SCENARIOS = ["Offline", "SingleStream", "MultiStream", "Server"]
 CONF = SHORT_RUNS.replace("Server.target_qps = 40", "Server.target_qps = 200")
 SLOW = "time.sleep(0.02)"
-# What every version of --network=sut returns for /getname/.
-DESCRIPTION = {
-    "name": "fake (Network SUT)",
-    "instance": "0123",
-    "workers": 1,
-    "backend": "fake",
-    "vocab_size": 2400,
-    "together": "any",
-    "logits": "89ab",
-}
 
 
 @pytest.fixture(scope="module")
@@ -58,49 +47,11 @@ def slow(tmp_path):
         yield servers
 
 
-class Fake(http.server.BaseHTTPRequestHandler):
-    """Answer as a server of the description `description` and of zeros; `predict(body)` may do otherwise."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, description, predict, *args):
-        self.description, self.predict = description, predict
-        super().__init__(*args)
-
-    def do_POST(self):  # noqa: N802 - http.server's name
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        status, content = 200, json.dumps(self.description).encode()
-        if self.path == "/predict/":
-            status, content = self.predict(body)
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-def zeros(body):
-    """Return the response of a server whose logits are zeros."""
-    return 200, bytes(8 * network_format.decode(body)[0].sum())
-
-
 @pytest.fixture
 def fake():
-    """Return a function that starts a fake server in this process and returns its URL; see `Fake`."""
-    servers = []
-
-    def start(predict=zeros, **changes):
-        handler = partial(Fake, DESCRIPTION | {"instance": str(len(servers))} | changes, predict)
-        servers.append(http.server.ThreadingHTTPServer(("localhost", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://localhost:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    """Return a function that starts a fake server in this process and returns its URL; see `fake_servers`."""
+    with fake_servers() as start:
+        yield start
 
 
 def connect(*servers):
@@ -314,5 +265,15 @@ def test_a_service_that_is_not_json_is_refused():
         other.shutdown()
 
 
-def test_sut_server_needs_an_address(command):
-    assert "--sut_server" in command("run.py", "--network=lon", "--sut_server")
+@pytest.mark.parametrize(
+    "words, servers",
+    [
+        (["http://a:1", "http://b:2"], ("http://a:1", "http://b:2")),
+        (["http://a:1,http://b:2"], ("http://a:1", "http://b:2")),
+        (["http://a:1, http://b:2,", "c:3"], ("http://a:1", "http://b:2", "c:3")),
+        ([], RunOptions.sut_server),
+        ([""], RunOptions.sut_server),
+    ],
+)
+def test_servers_are_separated_by_spaces_or_commas(words, servers):
+    assert parse_args(["--network=lon", "--sut_server", *words]).sut_server == servers

@@ -15,8 +15,6 @@ import urllib.request
 import numpy as np
 import pytest
 from helpers import DEMO_ENV, LIMIT_S, NullBackend, random_batch, refused
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from servers import Server, echo_server, running_servers
 
 import network_format
@@ -24,7 +22,8 @@ import network_SUT
 from backends import Backend, RunOptions
 from batching import BatchPlan
 from create_squad_data import load_features
-from network_SUT import NetworkSUT, describe, serve
+from network_format import describe
+from network_SUT import NetworkSUT, serve
 from pytorch_SUT import PyTorchBackend
 from squad_QSL import SquadQSL
 from squad_SUT import Worker
@@ -258,48 +257,9 @@ def test_a_bad_binary_request_is_refused_and_the_server_still_answers(demo, body
 
 
 def test_a_model_of_unknown_vocabulary_takes_every_token_id():
-    network_SUT.check((np.array([1]), np.array([2**31 - 1]), np.array([0])), None)
+    network_format.check((np.array([1]), np.array([2**31 - 1]), np.array([0])), None)
     with pytest.raises(ValueError, match="0 to 99 are possible"):
-        network_SUT.check((np.array([1]), np.array([100]), np.array([0])), 100)
-
-
-def assert_valid(samples):
-    lengths, ids, segments = samples
-    network_SUT.check(samples, 100)
-    assert len(ids) == len(segments) == lengths.sum()
-    assert (lengths > 0).all() and (ids >= 0).all() and (ids < 100).all()
-
-
-COUNTS = st.tuples(st.integers(0, 3), st.lists(st.integers(0, 9), max_size=3), st.binary(max_size=99))
-
-
-@settings(deadline=None)
-@given(st.binary(max_size=200) | COUNTS.map(lambda parts: np.array([parts[0], *parts[1]], "<u4").tobytes() + parts[2]))
-def test_any_binary_request_is_taken_completely_or_refused(body):
-    with contextlib.suppress(ValueError):
-        samples = network_format.decode(body)
-        assert_valid(samples)
-        assert len(body) == 4 + 4 * len(samples[0]) + 5 * len(samples[1])
-
-
-KEYS = st.sampled_from(["query", "id", *INPUTS])
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 2**65) | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner),
-)
-LISTS = st.fixed_dictionaries({name: st.lists(st.integers(-1, 2), max_size=3) | VALUES for name in INPUTS})
-
-
-@settings(deadline=None)
-@given(
-    st.binary(max_size=50)
-    | VALUES.map(lambda value: json.dumps(value).encode())
-    | VALUES.map(lambda value: json.dumps({"query": value, "id": 1}).encode())
-    | LISTS.map(lambda value: json.dumps({"query": value}).encode())
-)
-def test_any_json_request_is_taken_completely_or_refused(body):
-    with contextlib.suppress(ValueError):
-        assert_valid(network_SUT.decode_json(body)[0])
+        network_format.check((np.array([1]), np.array([100]), np.array([0])), 100)
 
 
 def test_a_slow_client_and_a_thousand_idle_connections_delay_nobody(demo):
@@ -370,10 +330,3 @@ def test_an_address_on_which_it_cannot_listen_is_named():
         ):
             with refused(*words):
                 serve(NullBackend(), BatchPlan("mixed", 100), Worker(), options)
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it(command, monkeypatch):
-    monkeypatch.delitem(sys.modules, "network_SUT")
-    monkeypatch.setitem(sys.modules, "aiohttp", None)
-    line = command("run.py", "--network=sut")
-    assert "aiohttp" in line and "make venv BACKEND=network" in line
