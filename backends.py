@@ -73,6 +73,10 @@ class Backend(ABC):
     max_concurrency: int = 1  # above 1: run.py may choose any concurrency up to this with `set_concurrency`
     vocab_size: int | None = None  # tokens that the model knows, None if the model does not tell
     model_path: str | None = None  # the model's file or folder, for the run's record
+    batch_tokens: int = BATCH_TOKENS  # the default limit of a batch
+    in_flight: int = 1  # of the `concurrency`, how many calls share a device, which computes one of them at a time
+    gpu: str | None = None  # the GPUs that compute, for the run's record
+    same_bytes: bool | None = None  # whether no response depends on its batch, if the backend has checked this machine
 
     @classmethod
     def prepare(cls, options: RunOptions) -> dict[str, Any]:

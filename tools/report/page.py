@@ -29,7 +29,7 @@ SYSTEM = {
     "backend": "backend", "dtype": "dtype", "batch_tokens": "batch size (tokens)", "workers": "concurrency",
     "model": "model", "model_md5": "model MD5", "dataset": "data set", "vocab": "vocabulary", "processor": "processor",
     "cores": "cores", "gpu": "GPU", "memory_bytes": "memory", "system": "operating system", "revision": "git revision",
-    "command": "command", "python": "Python",
+    "same_bytes_in_every_batch": "same bytes in every batch", "command": "command", "python": "Python",
 }
 # fmt: on
 
@@ -59,7 +59,7 @@ def system(run: Run) -> dict[str, str]:
     found["memory"] = found["memory"] and f"{number(found['memory'] / 2**30)} GiB"
     found["command"] = " ".join(run.record.get("command", []))
     found |= run.record.get("libraries", {}) | run.record.get("variables", {})
-    return {label: str(value) for label, value in found.items() if value}
+    return {label: str(value) for label, value in found.items() if value or value is False}
 
 
 def compare(runs: list[Run], describe: Callable[[Run], dict[str, Any]]) -> list[tuple[str, list[str], bool]]:
