@@ -151,6 +151,7 @@ def test_every_sample_gets_its_own_logits_with_two_batches_in_flight_on_each_gpu
         assert np.abs(outcome[row] - logits).max() < 1e-4 * np.abs(logits).max()
 
 
+@pytest.mark.slow
 def test_a_run_on_a_gpu_is_recorded(load, monkeypatch, tmp_path):
     """run.py itself, with LoadGen, on the demo's model and a GPU of stand-ins."""
     load("fp32")
