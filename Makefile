@@ -92,6 +92,10 @@ report: $(call packages,report) ## write report.html on the log folders LOGS (de
 benchmark: $(call packages,benchmark) ## measure backends and dtypes against the baseline; ARGS="--quick"
 	$(PYTHON) -m tools.benchmark $(ARGS)
 
+.PHONY: gpu_check
+gpu_check: $(call packages,benchmark) ## check and measure PyTorch on this machine's GPU; ARGS=--dry tries it on the CPU
+	$(PYTHON) -m tools.gpu_check $(ARGS)
+
 .PHONY: soak
 soak: $(call packages,$(BACKEND)) ## watch the memory of a long Server run; ARGS="--target_qps 14"
 	$(PYTHON) -m tools.soak --backend=$(BACKEND) $(ARGS)

@@ -22,6 +22,7 @@ from pytorch_SUT import PyTorchBackend
 from squad_QSL import SquadQSL
 from squad_SUT import SquadSUT, Worker
 
+STREAMS = ("SingleStream", "MultiStream")
 T4 = gpus.Gpu("Tesla T4", 15 * 2**30, 0, "580.65.06", "13.0")
 
 
@@ -39,7 +40,7 @@ def load(tmp_path, monkeypatch):
         cuda_standins.install(monkeypatch, **machine)
         monkeypatch.setattr(cuda_bert, "GRAPH_TOKENS", (64, 512))
         monkeypatch.setattr(gpus, "find_gpus", lambda: [T4] * machine.get("gpus", 1))
-        rates = {torch.float16: 60.0, torch.float32: 8.0}
+        rates = {torch.float16: 60.0, torch.float32: 8.0, torch.bfloat16: 60.0}
         monkeypatch.setattr(cuda_bert, "product_rate", lambda device, dtype, size: rates[dtype])
         return PyTorchBackend(RunOptions(dtype=dtype, batch_tokens=batch_tokens))
 
@@ -166,3 +167,28 @@ def test_a_run_on_a_gpu_is_recorded(load, monkeypatch, tmp_path):
     assert record["same_bytes_in_every_batch"] in (True, False)
     assert record["batch_tokens"] == 2048 and record["workers"] == 2
     assert config.read_json("logs/record.json", "", "") == record
+
+
+def test_every_part_of_the_gpu_check_runs_on_a_gpu(load, monkeypatch, tmp_path):
+    """Those that dry runs leave out, too: graphs on and off, and the GPU's memory and peak."""
+    from tools import gpu_check
+
+    load("fp32", multiprocessors=2)  # installs the stand-ins
+    random_bert(tmp_path / "model", vocab_size=2400)
+    for name in ("VOCAB_FILE", "DATASET_FILE"):
+        monkeypatch.setenv(name, DEMO_ENV[name])
+    amounts = gpu_check.Amounts(dtypes=("fp32",), fast="fp32", samples=4, seconds=0.01)
+    known = {}
+    for name, function, further in gpu_check.parts(amounts):
+        if function is not gpu_check.server:
+            known[name] = function(amounts, known, *further)
+            monkeypatch.delenv("USE_GPU", raising=False)  # which the part that computes the CPU's logits sets
+    assert known["machine"]["default batch (tokens)"] == 256
+    assert set(known["products"]) == {"fp32 (TFLOP/s)", "fp16 (TFLOP/s)", "bf16 (TFLOP/s)"}
+    assert known["responses fp32"]["rms error / rms"] < 1e-5
+    assert known["responses fp32"]["same best start and end"] == "4 of 4"
+    assert {f"{tokens} tokens (samples/s)" for tokens in (32, 64, 128, 256, 512)} <= set(known["offline fp32"])
+    assert known["offline fp32"]["GPU memory (GB)"] == 0.0
+    scenarios = [f"{one} {two} graphs, p50 / p90 / p99 (ms)" for two in ("with", "without") for one in STREAMS]
+    assert list(known["latencies fp32"]) == scenarios
+    assert "Tesla T4" in gpu_check.table(known)
