@@ -1,6 +1,7 @@
 """Find the machine's NVIDIA GPUs through NVML, NVIDIA's management library, whatever the framework sees of them."""
 
 import os
+import re
 from typing import Any, NamedTuple
 
 import config
@@ -67,6 +68,13 @@ def describe(gpus: list[Gpu]) -> str:
     names = list(dict.fromkeys(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in gpus))
     count = f"{len(gpus)} x " if len(gpus) > 1 else ""
     return f"{count}{' and '.join(names)}; driver {gpus[0].driver}; CUDA {gpus[0].cuda}"
+
+
+def parse_description(text: str) -> dict[str, str]:
+    """Return the count, model, memory, driver and cuda in what `describe` returned for GPUs of one kind, else {}."""
+    form = r"(?:(?P<count>\d+) x )?(?P<model>.+) \((?P<memory>\d+ GiB)\); driver (?P<driver>\S+); CUDA (?P<cuda>\S+)"
+    match = re.fullmatch(form, text)
+    return {name: value or "1" for name, value in match.groupdict().items()} if match else {}
 
 
 def notice_unused(framework: str, cuda: str | None, remedy: str) -> None:

@@ -106,6 +106,18 @@ def test_a_description_names_each_kind_once_and_has_no_comma():
     assert mixed.startswith("2 x NVIDIA H100 80GB HBM3 (80 GiB) and Tesla T4 (16 GiB); driver")
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_submission_describes_the_gpus_that_a_run_has_recorded(count):
+    from tools.submission.plan import describe_system
+
+    system = describe_system({"system": {}}, f"PyTorch 2.13.0, {describe([H100] * count)}, fp16")
+    assert system["framework"] == "PyTorch 2.13.0" and system["accelerators_per_node"] == str(count)
+    assert system["accelerator_model_name"] == "NVIDIA H100 80GB HBM3"
+    assert system["accelerator_memory_capacity"] == "80 GiB"
+    assert system["sw_notes"] == "NVIDIA driver 580.65.06, CUDA 13.0"
+    assert gpus.parse_description("cpu") == gpus.parse_description("Tesla T4; CUDA 13.0") == {}
+
+
 @pytest.mark.parametrize(
     "cuda, driver, words",
     [

@@ -169,6 +169,7 @@ def test_a_run_on_a_gpu_is_recorded(load, monkeypatch, tmp_path):
     assert config.read_json("logs/record.json", "", "") == record
 
 
+@pytest.mark.slow
 def test_every_part_of_the_gpu_check_runs_on_a_gpu(load, monkeypatch, tmp_path):
     """Those that dry runs leave out, too: graphs on and off, and the GPU's memory and peak."""
     from tools import gpu_check
