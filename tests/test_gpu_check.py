@@ -3,10 +3,11 @@
 import json
 import os
 import signal
+import subprocess
 import time
 
 import pytest
-from helpers import fails
+from helpers import ROOT, fails
 
 pytest.importorskip("torch")
 from tools import gpu_check
@@ -24,6 +25,12 @@ def test_a_dry_run_completes_every_part_on_the_cpu(script, tmp_path):
     assert saved["responses fp32"]["rms error / rms"] < 1e-5
     assert saved["offline fp32"]["samples/s"] > 0 and saved["server fp32"]["highest VALID target_qps (samples/s)"] > 0
     assert (tmp_path / "build/gpu_check/table.md").read_text() == result.stdout
+
+
+def test_make_starts_the_check_with_its_arguments():
+    command = ["make", "--no-print-directory", "-n", "gpu_check", "ARGS=--dry", "PYTHON=some/python"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["some/python", "-m", "tools.gpu_check", "--dry"]
 
 
 def test_without_a_gpu_the_check_is_refused(script):
