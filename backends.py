@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import config
 from config import UserError
 
 if TYPE_CHECKING:  # numpy
@@ -77,6 +77,7 @@ class Backend(ABC):
     in_flight: int = 1  # of the `concurrency`, how many calls share a device, which computes one of them at a time
     gpu: str | None = None  # the GPUs that compute, for the run's record
     same_bytes: bool | None = None  # whether no response depends on its batch, if the backend has checked this machine
+    dtype: str | None = None  # of the matrix products, for the run's record; None: the one that `options` asks for
 
     @classmethod
     def prepare(cls, options: RunOptions) -> dict[str, Any]:
@@ -97,20 +98,6 @@ class Backend(ABC):
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to end
         """End what would outlive the process; other threads may be inside `predict`, but nobody needs their results."""
-
-
-def graph_shape(path: str, shapes: Sequence[tuple[int | None, ...]], reference: bool) -> tuple[int | None, ...]:
-    """Return (batch size, length) of the batches that a graph runs, from the shapes of its inputs; None is any size.
-
-    The baseline, `reference`, is (1, 384) in each graph. Raises UserError unless all inputs are dynamic or (1, 384).
-    """
-    from create_squad_data import MAX_SEQ_LENGTH  # not at the top, so that `run.py --help` need not import numpy
-
-    sizes = [(batch, length) for batch in (None, 1) for length in (None, MAX_SEQ_LENGTH)]
-    if len(set(shapes)) > 1 or shapes[0] not in sizes:
-        found, remedy = ", ".join(map(str, shapes)), "`make convert` writes files that fit"
-        raise UserError(f"{path}: the inputs' shapes are {found}, expected dynamic or (1, {MAX_SEQ_LENGTH}); {remedy}")
-    return (1, MAX_SEQ_LENGTH) if reference else shapes[0]
 
 
 class Entry(NamedTuple):
@@ -162,6 +149,25 @@ def load_backend(options: RunOptions) -> Backend:
         if options.backend in RAY:
             return RAY_ACTORS.backend_class()(name, entry.backend_class(), options)  # type: ignore[call-arg]
         return entry.backend_class()(options)  # type: ignore[call-arg]
-    except ModuleNotFoundError as error:
-        remedy = f"`make venv BACKEND={'ray' if error.name == 'ray' else name}` installs it"
-        raise UserError(f"--backend={options.backend} needs the package {error.name}; {remedy}") from None
+    except Exception as error:
+        fault = config.import_fault(error)
+        if fault is None:
+            raise
+        package, reason = fault
+        target = "ray" if package == "ray" else name
+        needs = f"--backend={options.backend} needs the package {package}"
+        if reason:
+            remedy = f"remove .venv and run `make venv BACKEND={target}` again"
+            raise UserError(f"{needs}, which is installed but broken ({reason}); {remedy}") from None
+        raise UserError(f"{needs}; `make venv BACKEND={target}` installs it") from None
+
+
+def warm_up(backend: Backend, batch: Batch) -> None:
+    """Run a backend for the first time, on `batch`. Raises UserError, in one line, whatever the framework raises."""
+    try:
+        backend.predict(batch)
+    except UserError:
+        raise
+    except Exception as error:
+        fault = config.out_of_memory(error) or f"its first prediction failed ({config.first_line(error)})"
+        raise UserError(f"{backend.model_path or backend.name}: {fault}") from error

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import IO, Any, NoReturn
@@ -32,8 +33,12 @@ PREDICTIONS = f"{BUILD_DIR}/result/predictions.json"
 BERT_CONFIG = os.path.join(ROOT, "bert_config.json")  # BERT-Large's configuration
 
 SCENARIOS = ("SingleStream", "Offline", "Server", "MultiStream")
-# Names of an ONNX model's inputs (ids, mask, segments): first as in MLPerf's fp32 file, then as in its int8 file.
-ONNX_INPUTS = ("input_ids", "input_mask", "segment_ids"), ("input_ids", "attention_mask", "token_type_ids")
+# Names of a graph's inputs (ids, mask, segments): those of MLPerf's fp32 file, of its int8 file, of TensorFlow Hub.
+ONNX_INPUTS = (
+    ("input_ids", "input_mask", "segment_ids"),
+    ("input_ids", "attention_mask", "token_type_ids"),
+    ("input_word_ids", "input_mask", "input_type_ids"),
+)
 MAX_THREADS = 1024  # more than any machine has cores; with far more, PyTorch crashes without an error message
 
 # Environment variables that name a run's files, and those that change how it computes. docs/running.md explains them.
@@ -71,10 +76,20 @@ def model_path(backend: str, dtype: str) -> str:
 
 
 def require_model_file(path: str) -> None:
-    """Raise UserError unless the model file `path` exists."""
+    """Raise UserError unless the model file `path` exists and is not a file that only stands for it."""
     if not os.path.isfile(path):
+        fault = "a folder; name the model file in it" if os.path.isdir(path) else "no such model file"
         remedy = "`make setup` fetches BERT-Large, ML_MODEL_FILE_WITH_PATH names another"
-        raise UserError(f"{path}: no such model file; {remedy}")
+        raise UserError(f"{path}: {fault}; {remedy}")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(100).lstrip().lower()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror}); correct its permissions") from None
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; `git lfs pull` fetches the file")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{path}: a web page was saved in place of the file; download the file itself")
 
 
 def dataset_files() -> tuple[str, str]:
@@ -83,12 +98,17 @@ def dataset_files() -> tuple[str, str]:
 
 
 def onnx_inputs(path: str, found: Collection[str]) -> tuple[str, str, str]:
-    """Return the member of ONNX_INPUTS that the input names `found` in the file `path` match. Raises UserError."""
-    for names in ONNX_INPUTS:
-        if set(names) == set(found):
-            return names
-    expected = " or ".join(map(", ".join, ONNX_INPUTS))
-    raise UserError(f"{path}: the inputs are {', '.join(found)}, expected {expected}; `make convert` writes such files")
+    """Return those of the input names `found` in the file `path` that are the ids, the mask and the segments.
+
+    Each may have any of its names in ONNX_INPUTS, with ":0" as in TensorFlow or without. Raises UserError if one is
+    missing, or if there is another input.
+    """
+    names = [[name for name in found if name.removesuffix(":0") in known] for known in zip(*ONNX_INPUTS)]
+    if [len(each) for each in names] == [1, 1, 1] and len(found) == 3:
+        return names[0][0], names[1][0], names[2][0]
+    expected = " or ".join(map(", ".join, ONNX_INPUTS[:2]))
+    inputs = ", ".join(found) or "none"
+    raise UserError(f"{path}: the inputs are {inputs}; expected {expected}; `make convert` writes such files")
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -234,13 +254,36 @@ def end_process(message: str, status: int) -> NoReturn:
     os._exit(status)
 
 
+def import_fault(error: BaseException) -> tuple[str, str] | None:
+    """Return (package, reason) if `error` came from the import of a package, None for any other exception.
+
+    The reason is "" if the package is not installed; a package that is installed but broken may raise any exception.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
+        return error.name, ""
+    package = (error.name or "").split(".")[0] if isinstance(error, ImportError) else ""
+    importing = ""  # the package that the last of the project's own files imports
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        path = os.path.abspath(frame.f_code.co_filename)
+        if path.startswith(ROOT + os.sep) and "site-packages" not in path:
+            importing = ""
+        elif frame.f_code.co_name == "<module>" and not importing:
+            importing = str(frame.f_globals["__name__"]).split(".")[0]
+    package = importing or package
+    return (package, first_line(error)) if package else None
+
+
 def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Write one line for a ModuleNotFoundError, the traceback of any other exception; for sys.excepthook."""
-    if isinstance(error, ModuleNotFoundError):
-        remedy = "`make venv BACKEND=…` installs what a command needs into .venv; use .venv/bin/python"
-        sys.stderr.write(f"{command_name()}: error: the package {error.name} is not installed; {remedy}\n")
-    else:
+    """Write one line for a package that cannot be imported, else the exception's traceback; for sys.excepthook."""
+    fault = import_fault(error)
+    if fault is None:
         sys.__excepthook__(kind, error, trace)
+        return
+    package, reason = fault
+    state, remedy = f"is installed but broken ({reason})", "remove .venv and run `make venv BACKEND=…` again"
+    if not reason:
+        state, remedy = "is not installed", "`make venv BACKEND=…` installs what a command needs into .venv"
+    sys.stderr.write(f"{command_name()}: error: the package {package} {state}; {remedy}; use .venv/bin/python\n")
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -254,13 +297,13 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main())
     except UserError as error:
         sys.exit(f"{command_name()}: error: {error}")
-    except ModuleNotFoundError as error:
-        report_missing_package(type(error), error, None)
-        sys.exit(1)
     except KeyboardInterrupt:
         # 128 + SIGINT, as a shell reports it; at once, because a thread that is loading a model would abort the exit
         end_process("interrupted", 130)
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if line := out_of_memory(error):
             sys.exit(f"{command_name()}: error: {line}")
-        raise
+        if not import_fault(error):
+            raise
+        report_missing_package(type(error), error, None)
+        sys.exit(1)

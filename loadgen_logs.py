@@ -133,7 +133,7 @@ def new_record(options: RunOptions, backend: Backend, batch_tokens: int) -> dict
         "started": timestamp(),
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
         "backend": backend.name,
-        "dtype": options.dtype,
+        "dtype": backend.dtype or options.dtype,
         "batch_tokens": int(batch_tokens),
         "workers": backend.concurrency,
         "model": model and os.path.abspath(model),

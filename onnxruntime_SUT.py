@@ -2,18 +2,17 @@
 
 import atexit
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime
 
 import config
-from backends import Backend, RunOptions, graph_shape
-from config import UserError
-from squad_QSL import Batch
+from backends import RunOptions
+from graph_files import Graph, GraphTensor, one_line, read_onnx_graph, read_signature
+from graph_SUT import GraphBackend
 
 CPU = "CPUExecutionProvider"
-INPUT_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-REMEDY = "`make convert` writes files that fit"
 
 
 def providers() -> list[str]:
@@ -28,9 +27,15 @@ def providers() -> list[str]:
     return [CPU]
 
 
-def describe(nodes: list[onnxruntime.NodeArg]) -> str:
-    """Return the names, types and shapes of a model's inputs or outputs, for a message."""
-    return ", ".join(f"{node.name} {node.type} {node.shape}" for node in nodes)
+def session_graph(session: onnxruntime.InferenceSession) -> Graph:
+    """Return what ONNX Runtime tells of a model: its inputs and outputs."""
+
+    def tensor(node: onnxruntime.NodeArg) -> GraphTensor:
+        dtype = node.type.removeprefix("tensor(").removesuffix(")")
+        shape = tuple(size if isinstance(size, int) else None for size in node.shape)
+        return GraphTensor(node.name, {"float": "float32", "double": "float64"}.get(dtype, dtype), shape)
+
+    return Graph(list(map(tensor, session.get_inputs())), list(map(tensor, session.get_outputs())), [], {}, "")
 
 
 class OnnxModel:
@@ -38,6 +43,7 @@ class OnnxModel:
 
     def __init__(self, path: str, name: str, options: RunOptions) -> None:
         config.require_model_file(path)
+        graph = read_onnx_graph(path)
         settings = onnxruntime.SessionOptions()
         if options.profile:
             settings.enable_profiling = True
@@ -50,49 +56,36 @@ class OnnxModel:
         if not on_cpu:
             onnxruntime.preload_dlls()  # CUDA's, if pip installed them, as in the Docker image
         disabled = {"SkipLayerNormFusion"} if on_cpu else None  # it takes longer than an addition and a norm
-        try:
+        with one_line(name, f"ONNX Runtime cannot load it, {graph.version if graph else 'an ONNX file'}"):
             self.session = onnxruntime.InferenceSession(path, settings, use, disabled_optimizers=disabled)
-        except Exception as error:  # ONNX Runtime has a type for each kind of damage
-            raise UserError(f"{name}: damaged or not an ONNX model ({config.first_line(error)}); {REMEDY}") from None
-        nodes = {node.name: node for node in self.session.get_inputs()}
-        inputs = [nodes[input_name] for input_name in config.onnx_inputs(name, list(nodes))]
-        if not all(node.type in INPUT_DTYPES for node in inputs):
-            raise UserError(f"{name}: the inputs are {describe(inputs)}, expected int64 or int32; {REMEDY}")
-        self.inputs = [(node.name, INPUT_DTYPES[node.type]) for node in inputs]
-        shapes = [tuple(size if isinstance(size, int) else None for size in node.shape) for node in inputs]
-        self.batch_size, self.length = graph_shape(name, shapes, options.reference)
+            self.signature = read_signature(name, graph or session_graph(self.session), options.reference)
 
-    def run(self, outputs: list[str] | None, batch: Batch) -> list[np.ndarray]:
-        """Return the tensors `outputs` (None: the outputs) for a batch of B samples: (B, length, …)."""
-        arrays = batch.padded_to(self.length or batch.input_ids.shape[1])
-        feed = {name: array.astype(dtype) for (name, dtype), array in zip(self.inputs, arrays)}
+    def run(self, outputs: Sequence[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the tensors `outputs`, (B, length, …), for ids, mask and segments of one shape."""
+        inputs = self.signature.inputs
+        feed = {tensor.name: array.astype(tensor.dtype) for tensor, array in zip(inputs, arrays)}
         return list(self.session.run(outputs, feed))
 
 
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeBackend(GraphBackend):
     """BERT in ONNX Runtime, on the preferred execution provider if it is available and USE_GPU allows, else the CPU."""
+
+    framework = "ONNX Runtime"
 
     def __init__(self, options: RunOptions) -> None:
         self.model_path = path = config.model_path("onnxruntime", options.dtype)
         self.model = OnnxModel(path, path, options)
-        outputs = self.model.session.get_outputs()
-        if [(node.type, len(node.shape)) for node in outputs] != 2 * [("tensor(float)", 2)]:
-            raise UserError(f"{path}: the outputs are {describe(outputs)}, not two of float (batch, length); {REMEDY}")
         provider = self.model.session.get_providers()[0]
         if options.one_batch_per_core and provider == CPU:
             self.concurrency = config.threads()
         self.batch_policy = "same_length" if provider == CPU else "mixed"
-        if self.model.batch_size == 1:
-            self.batch_policy = "single"
-        self.name = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {options.dtype}"
+        self.take(self.model.signature)
+        self.check_dtype(options.dtype)
+        self.name = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {self.dtype}"
         if options.profile:
             atexit.register(lambda: config.log_progress(f"profile: {self.model.session.end_profiling()}"))
+        self.try_once()
 
-    def predict(self, batch: Batch) -> np.ndarray:
-        """Return the logits of every token, float32 (tokens, 2). Raises UserError if a token is not the model's."""
-        try:
-            pair = self.model.run(None, batch)
-        except Exception as error:
-            reason = config.first_line(error)
-            raise UserError(f"{self.model_path}: ONNX Runtime cannot run it ({reason}); check VOCAB_FILE") from None
-        return batch.packed(np.stack(pair, axis=-1)[:, : batch.input_ids.shape[1]])
+    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs of the signature."""
+        return self.model.run(self.signature.outputs, arrays)

@@ -1,57 +1,91 @@
 """The OpenVINO backend: run an ONNX file of BERT for question answering, each sample at its own length."""
 
 import queue
+from collections.abc import Sequence
 
 import numpy as np
 import openvino
 
 import config
-from backends import Backend, RunOptions, graph_shape
-from config import UserError
-from squad_QSL import Batch
+from backends import RunOptions
+from graph_files import SHORT_NAMES, Graph, GraphNode, GraphTensor, one_line, read_onnx_graph, read_signature
+from graph_SUT import GraphBackend
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}  # an int8 file's other operators run in fp32
+# OpenVINO's names of the precisions by --dtype; with another --dtype all that is not quantized runs in f32.
+PRECISIONS = {"bf16": "bf16", "fp16": "f16"}
 
 
-class OpenVinoBackend(Backend):
+def ir_graph(model: openvino.Model) -> Graph:
+    """Return what a model states that OpenVINO has read, such as one in its own format, an .xml file."""
+
+    def tensor(port: openvino.Output) -> GraphTensor:
+        sizes = port.partial_shape if port.partial_shape.rank.is_static else ()
+        shape = tuple(size.get_length() if size.is_static else None for size in sizes)
+        kind = port.get_node().get_type_name()
+        name = port.any_name if kind in ("Parameter", "Result") else port.get_node().get_friendly_name()
+        return GraphTensor(name, port.element_type.to_dtype().name, shape)
+
+    nodes, constants = [], {}
+    for operation in model.get_ordered_ops():
+        outputs = [tensor(port) for port in operation.outputs()]
+        kind = operation.get_type_name()
+        if kind == "Constant":
+            constants[outputs[0].name] = outputs[0]
+        operator, dtype = ("Cast", outputs[0].dtype) if kind == "Convert" else (kind, "")
+        sources = tuple(tensor(port.get_source_output()).name for port in operation.inputs())
+        nodes.append(GraphNode(operator, sources, tuple(output.name for output in outputs), dtype))
+    return Graph(
+        list(map(tensor, model.inputs)), list(map(tensor, model.outputs)), nodes, constants, "read by OpenVINO"
+    )
+
+
+class OpenVinoBackend(GraphBackend):
     """BERT in OpenVINO, on its GPU device if there is one that USE_GPU allows, else on the CPU."""
 
+    framework = "OpenVINO"
     batch_policy = "single"
 
     def __init__(self, options: RunOptions) -> None:
         self.model_path = path = config.model_path("openvino", options.dtype)
         config.require_model_file(path)
+        graph = None if path.endswith(".xml") else read_onnx_graph(path)
         core = openvino.Core()
+        with one_line(path, f"OpenVINO cannot read it, {graph.version if graph else 'a model'}", config.last_line):
+            model = core.read_model(path)
+            graph = graph or ir_graph(model)
+            self.take(read_signature(path, graph, options.reference))
         device = "GPU" if config.use_gpu() and "GPU" in core.available_devices else "CPU"
         # In SingleStream one request at a time uses all cores; in the other scenarios requests run at once.
         hint = "LATENCY" if options.scenario == "SingleStream" else "THROUGHPUT"
-        settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": PRECISIONS[options.dtype]}
+        precision = PRECISIONS.get(options.dtype, "f32") if self.dtype != "int8" else "f32"
+        settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": precision}
         if (threads := config.thread_limit("MLC_MAX_NUM_THREADS")) and device == "CPU":
             settings["INFERENCE_NUM_THREADS"] = str(threads)
-        try:
-            model = core.read_model(path)
-            names = config.onnx_inputs(path, [port.any_name for port in model.inputs])
+        with one_line(path, f"OpenVINO cannot compile it, {graph.version}", config.last_line):
             compiled = core.compile_model(model, device, settings)
-        except RuntimeError as error:
-            line = config.last_line(error)
-            raise UserError(f"{path}: OpenVINO cannot use it ({line}); `make convert` writes files that fit") from None
-        self.inputs = [compiled.input(name) for name in names]
-        shapes = [port.partial_shape if port.partial_shape.rank.is_static else () for port in self.inputs]
-        sizes = [tuple(size.get_length() if size.is_static else None for size in shape) for shape in shapes]
-        self.length = graph_shape(path, sizes, options.reference)[1]
-        self.concurrency = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        self.requests: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
-        for _ in range(self.concurrency):
-            self.requests.put(compiled.create_infer_request())
+            self.concurrency = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+            runs = SHORT_NAMES[compiled.get_property("INFERENCE_PRECISION_HINT").to_dtype().name]
+            self.ports = [compiled.output(name) for name in self.signature.outputs]
+            self.requests: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
+            for _ in range(self.concurrency):
+                self.requests.put(compiled.create_infer_request())
+        if self.dtype == "fp32" and options.dtype in PRECISIONS:
+            self.dtype = runs
+            if runs != options.dtype:
+                config.notice(f"this {device} has no {options.dtype} instructions; running in {runs}")
+        else:
+            self.check_dtype(options.dtype)
         version = openvino.__version__.split("-")[0]
-        self.name = f"OpenVINO {version}, {device}, {options.dtype}, {self.concurrency} requests"
+        self.name = f"OpenVINO {version}, {device}, {self.dtype}, {self.concurrency} requests"
+        self.try_once()
 
-    def predict(self, batch: Batch) -> np.ndarray:
-        """Return the logits of every token of a batch of one sample, float32 (tokens, 2)."""
-        arrays = batch.padded_to(self.length or batch.input_ids.shape[1])
-        feed = {port: array.astype(port.element_type.to_dtype()) for port, array in zip(self.inputs, arrays)}
+    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs of the signature."""
+        inputs = self.signature.inputs
+        feed = {tensor.name: array.astype(tensor.dtype) for tensor, array in zip(inputs, arrays)}
         request = self.requests.get()
-        result = request.infer(feed)
-        logits = np.stack([result[0][0], result[1][0]], axis=-1)[: batch.lengths[0]]
-        self.requests.put(request)
-        return logits
+        try:
+            result = request.infer(feed)
+            return [np.array(result[port]) for port in self.ports]
+        finally:
+            self.requests.put(request)

@@ -18,7 +18,7 @@ from typing import Any
 
 import config
 import loadgen_logs
-from backends import BACKENDS, BATCH_TOKENS, DTYPES, RAY, REFUSED, RunOptions, load_backend
+from backends import BACKENDS, BATCH_TOKENS, DTYPES, RAY, REFUSED, RunOptions, load_backend, warm_up
 from config import SCENARIOS, UserError, log_progress
 from loadgen import QUICK_S, Outcome, announce, find_peak, loadgen_settings, prepare_log_folder, run_test
 
@@ -164,7 +164,7 @@ def main() -> None:
     vocab = read_vocab(vocab_file)
     check_vocab(vocab_file, vocab, features.input_ids.max(), backend.vocab_size)
     log_progress(f"{backend.name}; warming up")
-    worker.submit(lambda: backend.predict(qsl.longest_batch())).result()
+    worker.submit(lambda: warm_up(backend, qsl.longest_batch())).result()
     latency_s = settings.server_target_latency_ns / 1e9
     plan = worker.submit(lambda: plan_batching(options, backend, qsl, latency_s)).result()
     backend.set_concurrency(plan.concurrency)

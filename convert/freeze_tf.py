@@ -13,6 +13,7 @@ import tensorflow as tf
 
 import config
 from convert.tf_checkpoint import Weights, read_checkpoint
+from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from model_files import read_config
 
@@ -72,8 +73,12 @@ def main() -> None:
     args = parser.parse_args()
     bert_config = read_config(args.bert_config)
     weights = read_checkpoint(args.tf_checkpoint, bert_config)
-    write_graph(args.out, build_graph(bert_config, weights, (1, MAX_SEQ_LENGTH) if args.published else (None, None)))
-    print(f"{args.out}: {len(weights)} weights, {os.path.getsize(args.out) >> 20} MiB")
+    count = len(weights)
+    with new_files(args.out) as path:
+        write_graph(path, build_graph(bert_config, weights, (1, MAX_SEQ_LENGTH) if args.published else (None, None)))
+        del weights  # before TensorFlow needs the memory again
+        require_equal(args.out, [random_logits("tf", path, bert_config["vocab_size"])])
+    print(f"{args.out}: {count} weights, {os.path.getsize(args.out) >> 20} MiB")
 
 
 if __name__ == "__main__":

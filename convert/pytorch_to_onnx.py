@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import config
 from config import UserError
+from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from model_files import read_weights
 
@@ -104,9 +105,14 @@ def main() -> None:
     parser.add_argument("--published", action="store_true", help=f"fix the length at MLPerf's {MAX_SEQ_LENGTH}")
     args = parser.parse_args()
     bert_config, tensors = read_weights(args.model)
+    expected = random_logits("pytorch", args.model, bert_config["vocab_size"])
     weights = {name: tensor.numpy() for name, tensor in tensors.items()}
-    write_model(args.onnx_out, build_model(bert_config, weights, MAX_SEQ_LENGTH if args.published else None))
-    print(f"{args.onnx_out}: {len(weights)} weights")
+    count = len(weights)
+    with new_files(args.onnx_out, ".data") as path:
+        write_model(path, build_model(bert_config, weights, MAX_SEQ_LENGTH if args.published else None))
+        del tensors, weights  # before ONNX Runtime needs the memory
+        require_equal(args.onnx_out, [expected, random_logits("onnxruntime", path, bert_config["vocab_size"])])
+    print(f"{args.onnx_out}: {count} weights, which give PyTorch's logits")
 
 
 if __name__ == "__main__":

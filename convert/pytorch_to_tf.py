@@ -3,8 +3,12 @@
 python3 -m convert.pytorch_to_tf --model FOLDER_OR_FILE --tf_checkpoint OUT
 """
 
+import tempfile
+
 import config
-from convert.tf_checkpoint import write_checkpoint
+from convert.freeze_tf import build_graph, write_graph
+from convert.tf_checkpoint import read_checkpoint, write_checkpoint
+from convert.verify import new_files, random_logits, require_equal
 from model_files import read_weights
 
 
@@ -15,8 +19,15 @@ def main() -> None:
     parser.add_argument("--tf_checkpoint", required=True, help="output: the checkpoint's path without .index")
     args = parser.parse_args()
     bert_config, tensors = read_weights(args.model)
-    write_checkpoint(args.tf_checkpoint, bert_config, {name: tensor.numpy() for name, tensor in tensors.items()})
-    print(f"{args.tf_checkpoint}: {len(tensors)} variables")
+    expected = random_logits("pytorch", args.model, bert_config["vocab_size"])
+    with new_files(args.tf_checkpoint) as prefix, tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(prefix, bert_config, {name: tensor.numpy() for name, tensor in tensors.items()})
+        count = len(tensors)
+        del tensors  # before TensorFlow needs the memory
+        graph = f"{folder}/model.pb"
+        write_graph(graph, build_graph(bert_config, read_checkpoint(prefix, bert_config)))
+        require_equal(args.tf_checkpoint, [expected, random_logits("tf", graph, bert_config["vocab_size"])])
+    print(f"{args.tf_checkpoint}: {count} variables, which give PyTorch's logits")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import stat
 import sys
 
 import pytest
-from helpers import refused
+from helpers import ROOT, refused
 
 import config
 
@@ -60,3 +60,73 @@ def test_a_package_that_is_missing_is_named_in_one_line(script, tmp_path, module
     assert result.returncode == 1
     assert result.stderr.startswith(f"{module}: error: the package {package} is not installed; `make venv")
     assert len(result.stderr.splitlines()) == 1
+
+
+USER_CONF = f"--user_conf={ROOT / 'user.conf'}"
+BROKEN = [
+    ("raise ImportError('libfoo.so.1: cannot open shared object file')", "libfoo.so.1: cannot open shared object file"),
+    ("raise OSError('libcudart.so.11.0: cannot open shared object file')", "libcudart.so.11.0"),
+    ("raise RuntimeError('compiled against another version of NumPy')", "compiled against another version of NumPy"),
+    ("import a_package.missing_part", "No module named 'a_package.missing_part'"),
+    ("from math import nothing", "cannot import name 'nothing'"),
+    ("import another_package", "the other one"),
+]
+
+
+@pytest.mark.parametrize("content, reason", BROKEN)
+def test_a_package_that_cannot_be_imported_is_found(tmp_path, monkeypatch, content, reason):
+    (tmp_path / "a_package.py").write_text(content)
+    (tmp_path / "another_package.py").write_text("raise ValueError('the other one')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Exception) as error:
+        import a_package  # noqa: F401
+    package, found = config.import_fault(error.value)
+    assert package == "a_package" and reason in found
+
+
+def test_a_name_that_a_package_lacks_is_the_packages_fault():
+    """As after an update to an incompatible version."""
+    with pytest.raises(ImportError) as error:
+        from numpy import no_such_name  # noqa: F401
+    assert config.import_fault(error.value)[0] == "numpy"
+
+
+def test_a_package_that_is_missing_is_told_from_a_broken_one(tmp_path, monkeypatch):
+    (tmp_path / "a_package.py").write_text("import what_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError) as error:
+        import a_package  # noqa: F401
+    assert config.import_fault(error.value) == ("what_it_needs", "")
+
+
+def test_an_exception_of_a_package_in_use_is_no_import_fault(tmp_path, monkeypatch):
+    (tmp_path / "a_working_package.py").write_text("def fail():\n    raise ValueError('in use')")
+    monkeypatch.syspath_prepend(tmp_path)
+    import a_working_package
+
+    for call in (a_working_package.fail, lambda: 1 / 0):
+        with pytest.raises((ValueError, ZeroDivisionError)) as error:
+            call()
+        assert config.import_fault(error.value) is None
+
+
+@pytest.mark.parametrize(
+    "command, package",
+    [
+        (("run.py", "--backend=onnxruntime", USER_CONF), "onnxruntime"),
+        (("run.py", "--backend=tf", USER_CONF), "tensorflow"),
+        (("run.py", "--network=sut"), "aiohttp"),
+        (("bert_tf_to_pytorch.py",), "torch"),
+        (("convert.quantize_onnx",), "onnx"),
+        (("tools.benchmark",), "tabulate"),
+        (("tools.report", "nowhere"), "matplotlib"),
+    ],
+)
+def test_a_package_that_is_broken_is_named_in_one_line(script, tmp_path, command, package):
+    (tmp_path / f"{package}.py").write_text("raise ImportError('libfoo.so.1: cannot open shared object file')")
+    result = script(*command, PYTHONPATH=tmp_path)
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"{command[0]}: error: ") and "Traceback" not in result.stderr
+    for words in (f"the package {package}", "broken (libfoo.so.1: cannot open", "make venv BACKEND="):
+        assert words in line

@@ -11,9 +11,11 @@ pytest.importorskip("tensorflow")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+import graph_changes
 import onnx
 import onnxruntime
 import tensorflow as tf
+from graph_changes import second_file, weights_are_inputs
 
 import bert_tf_to_pytorch
 from backends import RunOptions, load_backend
@@ -178,19 +180,55 @@ def test_a_damaged_checkpoint_is_refused(tiny, stored, tmp_path):
         read_checkpoint(prefix, tiny.bert_config)
 
 
-def test_converted_files_whose_logits_differ_are_an_error(command, tiny, tmp_path, monkeypatch):
-    write_checkpoint(str(tmp_path / "model.ckpt"), tiny.bert_config, tiny.weights)
-    build = bert_tf_to_pytorch.build_model
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    """Write the tiny BERT's checkpoint and return the flags that name it."""
+    write_checkpoint(str(tmp_path / "source/model.ckpt"), tiny.bert_config, tiny.weights)
+    return "--tf_checkpoint", "source/model.ckpt", "--bert_config", "source/bert_config.json"
+
+
+def test_converted_files_whose_logits_differ_are_not_kept(command, checkpoint, tmp_path, monkeypatch):
+    build = pytorch_to_onnx.build_model
 
     def wrong(bert_config, weights):
         return build(bert_config, {**weights, "qa_outputs.bias": weights["qa_outputs.bias"] + np.float32(0.001)})
 
-    monkeypatch.setattr(bert_tf_to_pytorch, "build_model", wrong)
+    monkeypatch.setattr(pytorch_to_onnx, "build_model", wrong)
     monkeypatch.setattr(bert_tf_to_pytorch, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "set by random_logits")
-    args = ("--tf_checkpoint", "model.ckpt", "--bert_config", "bert_config.json")
-    with refused("model.onnx", "differ by 1.0e-03"):
-        command(bert_tf_to_pytorch, *args, "--pytorch_out", "model.pytorch", "--onnx_out", "model.onnx")
+    with refused("new/model.onnx", "differ by 1.0e-03", "nothing was written"):
+        command(bert_tf_to_pytorch, *checkpoint, "--pytorch_out", "new/model.pytorch", "--onnx_out", "new/model.onnx")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "module, reader, flag, amount, words",
+    [
+        (pytorch_to_onnx, "read_weights", "--onnx_out", 0.001, ["differ by 1.0e-03"]),
+        (pytorch_to_onnx, "read_weights", "--onnx_out", np.nan, ["NaN"]),
+        (pytorch_to_tf, "read_weights", "--tf_checkpoint", 0.001, ["differ by 1.0e-03"]),
+        (freeze_tf, "read_checkpoint", "--out", np.inf, ["infinity"]),
+    ],
+)
+def test_a_converted_file_that_does_not_compute_the_same_is_not_kept(
+    command, tiny, checkpoint, tmp_path, monkeypatch, module, reader, flag, amount, words
+):
+    """The file of an earlier conversion stays."""
+    read = getattr(module, reader)
+
+    def wrong(*args):
+        result = read(*args)
+        weights = result[1] if reader == "read_weights" else result
+        weights["qa_outputs.bias"] = weights["qa_outputs.bias"] + np.float32(amount)
+        return result
+
+    monkeypatch.setattr(module, reader, wrong)
+    source = checkpoint if module is freeze_tf else ("--model", tiny.folder / "model")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/model").write_text("old")
+    with refused("new/model", "nothing was written", *words):
+        command(module, *source, flag, "new/model")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
+    assert (tmp_path / "new/model").read_text() == "old"
 
 
 @pytest.fixture
@@ -269,7 +307,47 @@ def test_a_file_without_products_to_quantize_is_refused(quantize, tiny, tmp_path
         with refused(name):
             quantize(range(2), name)
     model = onnx.load(tiny.folder / "model.onnx")
-    model.opset_import[0].version = 12
+    model.opset_import[0].version = 6
     onnx.save(model, tmp_path / "old.onnx")
-    with refused("old.onnx", "opset 12"):
+    with refused("old.onnx", "opset 6"):
         quantize(range(2), "old.onnx")
+
+
+def test_the_forms_of_a_file_that_can_be_quantized(quantize, tiny, tmp_path, monkeypatch):
+    """Weights that are also inputs, as in the first IR version; weights in a second file; an older opset."""
+    batch = random_batch(60)
+    expected = logits_of(monkeypatch, "onnxruntime", tiny.folder / "model.onnx", batch)
+    for form in (weights_are_inputs, second_file(lambda path: None), graph_changes.version(ir=9)):
+        model = onnx.load(tiny.folder / "model.onnx")
+        made = form(model, tmp_path)
+        (tmp_path / "m.onnx").write_bytes(made or model.SerializeToString())
+        assert "8 products in int8" in quantize(range(2), tmp_path / "m.onnx")
+        logits = logits_of(monkeypatch, "onnxruntime", tmp_path / "int8.onnx", batch, dtype="int8")
+        assert 0 < np.abs(logits - expected).max() < 0.2 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [10, 11])
+def test_an_export_of_2019_can_be_quantized(quantize, tiny, tmp_path, monkeypatch, opset):
+    (tmp_path / "tiny").symlink_to(tiny.folder)
+    (tmp_path / "old.onnx").write_bytes(graph_changes.traced(opset)(None, tmp_path))
+    assert "12 products in int8" in quantize(range(2), tmp_path / "old.onnx")
+    batch = random_batch(60)
+    expected = logits_of(monkeypatch, "onnxruntime", tiny.folder / "model.onnx", batch)
+    logits = logits_of(monkeypatch, "onnxruntime", tmp_path / "int8.onnx", batch, dtype="int8")
+    assert 0 < np.abs(logits - expected).max() < 0.2 * np.abs(expected).max()
+
+
+def test_a_file_whose_second_file_is_missing_cannot_be_quantized(quantize, tiny, tmp_path):
+    made = second_file(lambda path: path.unlink())(onnx.load(tiny.folder / "model.onnx"), tmp_path)
+    (tmp_path / "m.onnx").write_bytes(made)
+    with refused("m.onnx", "m.onnx_data", "missing"):
+        quantize(range(2), tmp_path / "m.onnx")
+
+
+def test_an_int8_file_with_other_logits_is_not_kept(quantize, tmp_path, monkeypatch):
+    """As if the weights were rounded to a wrong scale."""
+    monkeypatch.setattr(quantize_onnx, "LIMIT", 1)
+    with refused("int8.onnx", "differ from those of", "nothing was written"):
+        quantize(range(2))
+    assert not list(tmp_path.glob("int8.onnx*"))

@@ -164,7 +164,7 @@ MODEL_FILES = [
     ("onnxruntime", "another length", "m.onnx", onnx_of_length_128, ["m.onnx", "384"]),
     ("openvino", "another length", "m.onnx", onnx_of_length_128, ["m.onnx", "384"]),
     ("tf", "a text file", "m.pb", "a text", ["m.pb", "damaged"]),
-    ("tf", "no tensor logits:0", "m.pb", graph_without_logits, ["m.pb", "logits:0"]),
+    ("tf", "no logits", "m.pb", graph_without_logits, ["m.pb", "outputs are", "logits"]),
 ]
 
 

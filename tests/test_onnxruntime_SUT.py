@@ -156,7 +156,7 @@ def foreign_model(path, names=INPUTS, outputs=OUTPUTS, dtype=TensorProto.INT64, 
     [
         ({"names": ("input_ids", "mask", "segments")}, ["inputs are input_ids, mask, segments"]),
         ({"names": ("input_ids", "input_mask")}, ["inputs are input_ids, input_mask"]),
-        ({"dtype": TensorProto.FLOAT}, ["tensor(float)", "int64"]),
+        ({"dtype": TensorProto.FLOAT}, ["input_ids float32", "int64"]),
         ({"shape": ("batch", 128)}, ["128", "384"]),
         ({"shape": (8, 384)}, ["(8, 384)"]),
         ({"shape": (384,)}, ["(384,)"]),
@@ -182,6 +182,31 @@ def test_a_file_that_is_not_an_onnx_model_is_refused(load, tiny, tmp_path):
 
 def test_a_token_that_the_model_does_not_know_is_refused(load, tiny):
     backend = load(tiny.folder / "model.onnx")
-    assert backend.vocab_size is None
+    assert backend.vocab_size == 60
     with refused("model.onnx", "VOCAB_FILE"):
         backend.predict(random_batch(100, vocab_size=1000))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_without_the_package_onnx_a_run_trusts_the_command_line(load, tiny, monkeypatch, caplog, backend, dtype):
+    """MLCommons' automation installs ONNX Runtime alone."""
+    batch = random_batch(30)
+    expected = predict(load(tiny.folder / "model.onnx", backend), batch)
+
+    def missing(path):
+        raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+
+    monkeypatch.setattr("graph_files.read_onnx", missing)
+    loaded = load(tiny.folder / "model.onnx", backend, dtype=dtype)
+    assert "the package onnx is missing" in caplog.text
+    if backend == "onnxruntime":
+        assert loaded.vocab_size is None and f", {dtype}" in loaded.name
+    assert np.array_equal(predict(loaded, batch), expected)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_dtype_is_the_files_and_not_the_command_lines(load, tiny, caplog, backend):
+    loaded = load(tiny.folder / "model.onnx", backend, dtype="int8")
+    assert loaded.dtype == "fp32" and ", fp32" in loaded.name and "int8" not in loaded.name
+    assert "model.onnx: the model is fp32, not int8; it runs as fp32" in caplog.text

@@ -9,6 +9,7 @@ from helpers import predict, random_batch, refused, samples
 pytest.importorskip("openvino")
 pytest.importorskip("onnx")
 import onnx
+import openvino
 
 BACKEND = "openvino"  # of the fixture `load`
 
@@ -26,7 +27,7 @@ def test_every_form_of_a_file_gives_pytorchs_logits(load, tiny, name, options):
     batch = random_batch(384, 7, 150)
     expected = predict(load(tiny.folder / "model", "pytorch"), batch)
     backend = load(tiny.folder / name, **options)
-    assert backend.batch_policy == "single" and backend.vocab_size is None
+    assert backend.batch_policy == "single" and backend.vocab_size == 60
     assert backend.model_path == str(tiny.folder / name)
     logits = predict(backend, batch)
     assert logits.dtype == np.float32 and logits.shape == expected.shape
@@ -67,3 +68,19 @@ def test_a_model_with_other_inputs_is_refused(load, tiny, tmp_path, name, size, 
     onnx.save(model, tmp_path / "other.onnx")
     with refused("other.onnx", "make convert", *words):
         load(tmp_path / "other.onnx")
+
+
+def test_a_model_in_openvinos_own_format_is_read(load, tiny, tmp_path):
+    openvino.save_model(openvino.Core().read_model(tiny.folder / "model.onnx"), tmp_path / "model.xml", False)
+    batch = random_batch(30)
+    backend = load(tmp_path / "model.xml")
+    assert backend.vocab_size == 60 and backend.dtype == "fp32"
+    assert np.array_equal(predict(backend, batch), predict(load(tiny.folder / "model.onnx"), batch))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_name_shows_the_precision_that_the_processor_has(load, tiny, caplog, dtype):
+    has = dtype.upper() in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    backend = load(tiny.folder / "model.onnx", dtype=dtype)
+    assert backend.dtype == (dtype if has else "fp32") and f", {backend.dtype}," in backend.name
+    assert (f"has no {dtype} instructions; running in fp32" in caplog.text) != has

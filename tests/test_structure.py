@@ -36,7 +36,7 @@ def imports(path):
 
 
 def test_the_root_is_small_and_no_file_is_long():
-    assert len([path for path in ROOT.glob("*.py") if not path.name.endswith("_SUT.py")]) <= 17
+    assert len([path for path in ROOT.glob("*.py") if not path.name.endswith("_SUT.py")]) <= 18
     lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SCRIPTS}
     assert {name: count for name, count in lines.items() if count > 400} == {}
     assert lines["run.py"] <= 250
