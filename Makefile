@@ -10,7 +10,7 @@ DEMO_MODEL = $(or $(DEMO_MODEL_$(BACKEND)),demo/model)
 DEMO = ML_MODEL_FILE_WITH_PATH=$(DEMO_MODEL) VOCAB_FILE=demo/model/vocab.txt DATASET_FILE=demo/dev.json \
 	LOG_PATH=build/demo/logs $(PYTHON) run.py --backend=$(BACKEND) --scenario=$(SCENARIO)
 DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
-IMAGE = mlperf-bert:$(if $(filter cpu gpu,$(DEVICE)),$(DEVICE),$(error DEVICE=$(DEVICE): give gpu or cpu))
+IMAGE = mlperf-bert:$(if $(filter cpu gpu tf-gpu,$(DEVICE)),$(DEVICE),$(error DEVICE=$(DEVICE): give gpu or cpu, or tf-gpu))
 
 # The packages that a target needs: requirements/$(1).txt in .venv; none with another PYTHON, as in the Docker image.
 packages = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.$(1))
@@ -107,13 +107,13 @@ submission: ## make the runs that the plan PLAN still lacks, then write build/su
 	$(PYTHON) -m tools.submission $(PLAN)
 
 .PHONY: build_docker
-build_docker: ## build the image; DEVICE=gpu or cpu (default: gpu if nvidia-smi succeeds), DOCKER_BUILD_ARGS
+build_docker: ## build the image; DEVICE=gpu, tf-gpu or cpu (default: gpu if nvidia-smi succeeds), DOCKER_BUILD_ARGS
 	docker build --build-arg DEVICE=$(DEVICE) $(DOCKER_BUILD_ARGS) --tag $(IMAGE) .
 
 .PHONY: launch_docker
 launch_docker: ## start a shell in the image, with this folder at /workspace; DEVICE as above, DOCKER_ARGS
 	docker run --interactive --tty --rm --volume "$(CURDIR):/workspace" --user "$$(id -u):$$(id -g)" --shm-size=8g \
-		--ulimit memlock=-1 --ulimit stack=67108864 $(if $(filter gpu,$(DEVICE)),--gpus=all) $(DOCKER_ARGS) $(IMAGE)
+		--ulimit memlock=-1 --ulimit stack=67108864 $(if $(filter gpu tf-gpu,$(DEVICE)),--gpus=all) $(DOCKER_ARGS) $(IMAGE)
 
 .PHONY: clean
 clean: ## remove what runs and tests wrote; keeps build/data and .venv

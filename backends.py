@@ -117,7 +117,7 @@ class Entry(NamedTuple):
 BACKENDS = {
     "tf": Entry("tf_SUT", "TensorFlowBackend", ("fp32",)),
     "pytorch": Entry("pytorch_SUT", "PyTorchBackend", ("fp32", "bf16", "fp16", "int8")),
-    "onnxruntime": Entry("onnxruntime_SUT", "OnnxRuntimeBackend", ("fp32", "int8")),
+    "onnxruntime": Entry("onnxruntime_SUT", "OnnxRuntimeBackend", ("fp32", "fp16", "int8")),
     "openvino": Entry("openvino_SUT", "OpenVinoBackend", ("fp32", "bf16", "fp16", "int8")),
 }
 DTYPES = tuple(dict.fromkeys(dtype for entry in BACKENDS.values() for dtype in entry.dtypes))

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import config
 from backends import Backend, BatchPolicy, RunOptions
 from create_squad_data import MAX_SEQ_LENGTH
 from squad_QSL import Batch, SquadQSL
 
+MIN_VOCAB = 30  # tokens that any vocabulary has, for models that do not tell how many they know
 LOOK_AHEAD = 64  # pending samples that `defer_late` looks at; each takes under 1 us while no other batch can be formed
 
 Lengths = np.ndarray | Mapping[int, int]  # tokens of each sample of the library
@@ -163,6 +165,13 @@ def plan_batching(options: RunOptions, backend: Backend, qsl: SquadQSL, latency_
         tokens_per_s=tokens_per_s,
         count_queue=max_tokens == 1,
     )
+
+
+def check_bytes(backend: Backend, vocab_size: int, max_tokens: int) -> None:
+    """Set `backend.same_bytes` to whether its batches agree, and log a notice if they do not."""
+    backend.same_bytes = batches_agree(backend.predict, vocab_size, max_tokens)
+    if not backend.same_bytes:
+        config.notice("on this GPU the last bits of a sample's logits depend on the other samples of its batch")
 
 
 def batches_agree(predict: Callable[[Batch], np.ndarray], vocab_size: int, max_tokens: int) -> bool:

@@ -65,6 +65,8 @@ def find_gpus() -> list[Gpu]:
 
 def describe(gpus: list[Gpu]) -> str:
     """Return the names, memory, driver and CUDA version of `gpus`, without a comma, which separates a name's parts."""
+    if not gpus:
+        return "a GPU that NVML does not describe"
     names = list(dict.fromkeys(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in gpus))
     count = f"{len(gpus)} x " if len(gpus) > 1 else ""
     return f"{count}{' and '.join(names)}; driver {gpus[0].driver}; CUDA {gpus[0].cuda}"

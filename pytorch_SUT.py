@@ -22,7 +22,7 @@ import config
 import cuda_bert
 import gpus
 from backends import Backend, RunOptions
-from batching import batches_agree
+from batching import check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from model_files import model_files, read_weights
@@ -113,9 +113,7 @@ class PyTorchBackend(Backend):
         self.batch_tokens = options.batch_tokens or cuda_bert.batch_tokens()
         self.bert = cuda_bert.CudaBerts(bert_config, weights, dtype, max(self.batch_tokens, MAX_SEQ_LENGTH))
         self.concurrency = self.in_flight * len(self.bert.berts)
-        self.same_bytes = batches_agree(self.predict, bert_config["vocab_size"], self.batch_tokens)
-        if not self.same_bytes:
-            config.notice("on this GPU the last bits of a sample's logits depend on the other samples of its batch")
+        check_bytes(self, bert_config["vocab_size"], self.batch_tokens)
         if options.dtype == "fp32":
             rates = [cuda_bert.product_rate(self.device, DTYPES[name], GEMM_SIZE) for name in ("fp16", "fp32")]
             config.notice(f"on this GPU --dtype=fp16 computes products {rates[0] / rates[1]:.1f} times as fast as fp32")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,16 @@ def test_device_overrides_nvidia_smi(make):
     assert "DEVICE=cpu " in make("build_docker", "DEVICE=cpu").stdout
     assert "--gpus" not in make("launch_docker", "DEVICE=cpu").stdout
     fails(make("build_docker", "DEVICE=cuda"), "DEVICE=cuda", "gpu or cpu")
+
+
+def test_the_image_with_tensorflow_on_a_gpu_is_one_of_its_own(make):
+    """PyTorch and TensorFlow bring different versions of CUDA."""
+    launched = make("launch_docker", "DEVICE=tf-gpu").stdout
+    assert "--gpus=all" in launched and launched.endswith("mlperf-bert:tf-gpu\n")
+    packages = (ROOT / "requirements/tf-gpu.txt").read_text()
+    assert "tensorflow[and-cuda]==" in packages and "torch" not in packages.replace("PyTorch", "")
+    version = re.search(r"tensorflow==(\S+)", (ROOT / "requirements/tf.txt").read_text())[1]
+    assert f"tensorflow[and-cuda]=={version}" in packages
 
 
 def test_the_container_gets_the_project_the_users_ids_and_further_arguments(make):

@@ -12,10 +12,10 @@ pytest.importorskip("torch")
 import cuda_standins
 import torch
 
+import batching
 import config
 import cuda_bert
 import gpus
-import pytorch_SUT
 from backends import RunOptions
 from batching import plan_batching
 from pytorch_SUT import PyTorchBackend
@@ -89,7 +89,7 @@ def test_fp32_is_the_default_and_says_how_much_faster_fp16_is(load, caplog):
 
 @pytest.mark.parametrize("agree", [True, False])
 def test_a_gpu_whose_bytes_depend_on_the_batch_is_a_notice_and_in_the_record(load, monkeypatch, caplog, agree):
-    monkeypatch.setattr(pytorch_SUT, "batches_agree", lambda *args: agree)
+    monkeypatch.setattr(batching, "batches_agree", lambda *args: agree)
     assert load().same_bytes is agree
     assert ("the last bits of a sample's logits depend on the other samples" in caplog.text) != agree
 
