@@ -8,7 +8,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends make=4.* \
     && rm -rf /var/lib/apt/lists/*
 
-# cpu or gpu: gpu has ONNX Runtime with CUDA.
+# cpu, gpu or tf-gpu: gpu has PyTorch and ONNX Runtime with CUDA 13, tf-gpu only TensorFlow, with CUDA 12.
 ARG DEVICE=cpu
 # cpu: PyTorch from its index of wheels without CUDA, which makes the image about 5 GB smaller.
 ARG TORCH
@@ -20,6 +20,7 @@ ARG PIP_FIND_LINKS
 ARG PIP_CERT
 COPY requirements /opt/requirements
 RUN if [ "$DEVICE" = gpu ]; then cp /opt/requirements/onnxruntime-gpu.txt /opt/requirements/onnxruntime.txt; fi \
+    && if [ "$DEVICE" = tf-gpu ]; then cp /opt/requirements/tf-gpu.txt /opt/requirements/test.txt; fi \
     && python3 -m venv /opt/venv \
     && if [ "$TORCH" = cpu ]; then /opt/venv/bin/pip install --no-cache-dir --index-url "$TORCH_CPU_INDEX" \
         "$(grep ^torch== /opt/requirements/pytorch.txt)"; fi \

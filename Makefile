@@ -17,7 +17,7 @@ DEMO_MODEL = $(or $(DEMO_MODEL_$(DEMO_BACKEND)),demo/model)
 DEMO = ML_MODEL_FILE_WITH_PATH=$(DEMO_MODEL) VOCAB_FILE=demo/model/vocab.txt DATASET_FILE=demo/dev.json \
 	LOG_PATH=build/demo/logs $(PYTHON) run.py --backend=$(DEMO_BACKEND) --scenario=$(SCENARIO)
 DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
-IMAGE = mlperf-bert:$(if $(filter cpu gpu,$(DEVICE)),$(DEVICE),$(error DEVICE=$(DEVICE): give gpu or cpu))
+IMAGE = mlperf-bert:$(if $(filter cpu gpu tf-gpu,$(DEVICE)),$(DEVICE),$(error DEVICE=$(DEVICE): give gpu or cpu, or tf-gpu))
 
 # The packages that a target needs: requirements/$(1).txt in .venv; none with another PYTHON, as in the Docker image.
 REQUIREMENTS = $(filter-out base,$(basename $(notdir $(wildcard requirements/*.txt))))
@@ -137,6 +137,10 @@ report: $(call packages,report) ## write report.html on the log folders LOGS (de
 benchmark: $(call packages,benchmark) ## measure backends and dtypes against the baseline; ARGS="--quick"
 	$(PYTHON) -m tools.benchmark $(ARGS)
 
+.PHONY: gpu_check
+gpu_check: $(call packages,benchmark) ## check and measure PyTorch on this machine's GPU; ARGS=--dry tries it on the CPU
+	$(PYTHON) -m tools.gpu_check $(ARGS)
+
 .PHONY: soak
 soak: $(call packages,$(BACKEND)) ## watch the memory of a long Server run; ARGS="--target_qps 14"
 	$(PYTHON) -m tools.soak --backend=$(BACKEND) $(ARGS)
@@ -151,13 +155,13 @@ HOST_VOL ?= $(CURDIR)
 CONTAINER_VOL ?= /workspace
 
 .PHONY: build_docker
-build_docker: ## build the image; DEVICE=gpu or cpu (default: gpu if nvidia-smi succeeds), DOCKER_BUILD_ARGS
+build_docker: ## build the image; DEVICE=gpu, tf-gpu or cpu (default: gpu if nvidia-smi succeeds), DOCKER_BUILD_ARGS
 	docker build --build-arg DEVICE=$(DEVICE) --build-arg TORCH=$(TORCH) $(DOCKER_BUILD_ARGS) --tag $(IMAGE) .
 
 .PHONY: launch_docker
 launch_docker: ## start a shell in the image, with HOST_VOL (this folder) at /workspace; DEVICE as above, DOCKER_ARGS
 	docker run --interactive --tty --rm --volume "$(HOST_VOL):$(CONTAINER_VOL)" --user "$$(id -u):$$(id -g)" --shm-size=8g \
-		--ulimit memlock=-1 --ulimit stack=67108864 $(if $(filter gpu,$(DEVICE)),--gpus=all) $(DOCKER_ARGS) $(IMAGE)
+		--ulimit memlock=-1 --ulimit stack=67108864 $(if $(filter gpu tf-gpu,$(DEVICE)),--gpus=all) $(DOCKER_ARGS) $(IMAGE)
 
 .PHONY: clean
 clean: ## remove what runs and tests wrote; keeps build/data and .venv

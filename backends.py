@@ -73,6 +73,10 @@ class Backend(ABC):
     max_concurrency: int = 1  # above 1: run.py may choose any concurrency up to this with `set_concurrency`
     vocab_size: int | None = None  # tokens that the model knows, None if the model does not tell
     model_path: str | None = None  # the model's file or folder, for the run's record
+    batch_tokens: int = BATCH_TOKENS  # the default limit of a batch
+    in_flight: int = 1  # of the `concurrency`, how many calls share a device, which computes one of them at a time
+    gpu: str | None = None  # the GPUs that compute, for the run's record
+    same_bytes: bool | None = None  # whether no response depends on its batch, if the backend has checked this machine
     dtype: str | None = None  # of the matrix products, for the run's record; None: the one that `options` asks for
 
     @classmethod
@@ -113,7 +117,7 @@ class Entry(NamedTuple):
 BACKENDS = {
     "tf": Entry("tf_SUT", "TensorFlowBackend", ("fp32",)),
     "pytorch": Entry("pytorch_SUT", "PyTorchBackend", ("fp32", "bf16", "fp16", "int8")),
-    "onnxruntime": Entry("onnxruntime_SUT", "OnnxRuntimeBackend", ("fp32", "int8")),
+    "onnxruntime": Entry("onnxruntime_SUT", "OnnxRuntimeBackend", ("fp32", "fp16", "int8")),
     "openvino": Entry("openvino_SUT", "OpenVinoBackend", ("fp32", "bf16", "fp16", "int8")),
 }
 DTYPES = tuple(dict.fromkeys(dtype for entry in BACKENDS.values() for dtype in entry.dtypes))

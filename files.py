@@ -83,6 +83,10 @@ KINDS: dict[str, Recognizer] = {
     "a calibration list": starts(rb"\d+\n"),
     "a benchmark's table": starts(rb"\| run "),
     "a benchmark's results": with_keys("note", "rows"),
+    "the GPU check's logits": starts(ZIP + rb"\d+\.npy"),
+    "the GPU check's settings": starts(rb"\*\.Server\.target_qps = "),
+    "the GPU check's results": json_object(lambda value: all(isinstance(part, dict) for part in value.values())),
+    "the GPU check's table": starts(rb"\| "),
 }
 
 

@@ -158,12 +158,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def gpu() -> str | None:
-    """Return the name of the GPU that PyTorch uses; None if PyTorch is not loaded or uses none."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() and config.use_gpu() else None
-
-
 def revision() -> str | None:
     """Return this project's commit, with "-dirty" if files were changed; None outside a git checkout."""
     command = ["git", "-C", config.ROOT, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
@@ -197,7 +191,8 @@ def new_record(options: RunOptions, backend: Backend, batch_tokens: int) -> dict
         "variables": {name: os.environ[name] for name in variables if os.environ.get(name)},
         "processor": processor(),
         "cores": config.cores(),
-        "gpu": gpu(),
+        "gpu": backend.gpu,
+        "same_bytes_in_every_batch": backend.same_bytes,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),

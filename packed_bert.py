@@ -2,6 +2,7 @@
 
 The tokens of a batch form one matrix for every linear layer; only attention treats each sample separately. On a CPU a
 row's bits do not depend on other rows, nor a sample's logits on its batch; tests/test_packed_bert.py checks this.
+cuda_bert.py has what differs on a GPU.
 """
 
 from collections.abc import Callable
@@ -110,15 +111,10 @@ def attention(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
     return result
 
 
-def cuda_attention(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
-    """Compute `attention` on a GPU: bf16 and fp16 with PyTorch's variable-length kernel, fp32 sample by sample."""
-    if qkv.dtype == torch.float32:
-        return attention(qkv, heads, lengths)
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends = F.pad(torch.tensor(lengths, device=qkv.device).cumsum(0, dtype=torch.int32), (1, 0))
-    q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
-    return varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), scale=1.0).flatten(1)
+def packed_inputs(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids, positions and segments of the batch's T tokens, each int32 (T,)."""
+    positions = np.broadcast_to(np.arange(batch.input_ids.shape[1], dtype=np.int32), batch.input_ids.shape)
+    return batch.packed(batch.input_ids), batch.packed(positions), batch.packed(batch.segment_ids)
 
 
 class Bert:
@@ -136,9 +132,9 @@ class Bert:
         dtype: torch.dtype,
         make_linear: Callable[[str, Tensor, Tensor], Linear | Int8Linear],
     ) -> None:
-        self.device, self.heads = device, bert_config["num_attention_heads"]
-        self.epsilon = bert_config["layer_norm_eps"]
-        self.attention, self.rows = (cuda_attention, 1) if device.type == "cuda" else (attention, ROWS)
+        self.heads, self.epsilon = bert_config["num_attention_heads"], bert_config["layer_norm_eps"]
+        self.attention: Callable[[Tensor, int, Any], Tensor] = attention
+        self.rows = ROWS
 
         def pair(name: str) -> tuple[Tensor, Tensor]:
             # Copied, because a tensor that is a part of the mapped file keeps the whole file in memory.
@@ -162,18 +158,25 @@ class Bert:
         self.answer = Linear(*pair("qa_outputs"))
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return the logits of the batch's T tokens, fp32 (T, 2)."""
-        position_ids = np.broadcast_to(np.arange(batch.input_ids.shape[1], dtype=np.int32), batch.input_ids.shape)
-        arrays = (batch.input_ids, position_ids, batch.segment_ids)
-        words, positions, types = (torch.from_numpy(batch.packed(array)).to(self.device) for array in arrays)
-        lengths = batch.lengths.tolist()
-        x = self._norm(self.words[words] + self.positions[positions] + self.types[types], self.embedding_norm)
-        # Fill up with copies of the first token: calibration sees no value that a real token does not have.
-        x = torch.cat((x, x[:1].expand(-len(x) % self.rows, -1)))
+        """Return the logits of the batch's T tokens, fp32 (T, 2), in the host's memory."""
+        ids, positions, segments = map(torch.from_numpy, packed_inputs(batch))
+        return self.compute(ids, positions, segments, batch.lengths.tolist())
+
+    def compute(self, ids: Tensor, positions: Tensor, segments: Tensor, lengths: Any) -> Tensor:
+        """Return the logits of T packed tokens, fp32 (T, 2), from tensors int32 (T,).
+
+        `lengths` are the tokens of each sample, in the form that `self.attention` takes.
+        """
+        tables = (ids, self.words), (positions, self.positions), (segments, self.types)
+        words, places, types = (F.embedding(rows, table) for rows, table in tables)
+        x = self._norm(words + places + types, self.embedding_norm)
+        if missing := -len(x) % self.rows:
+            # Fill up with copies of the first token: calibration sees no value that a real token does not have.
+            x = torch.cat((x, x[:1].expand(missing, -1)))
         for qkv, out, out_norm, up, down, down_norm in self.layers:
             x = self._norm(out(self.attention(qkv(x), self.heads, lengths), residual=x), out_norm)
             x = self._norm(down(up(x, gelu=True), residual=x), down_norm)
-        return self.answer(x[: len(words)].float())
+        return self.answer(x.narrow(0, 0, len(ids)).float())
 
     def _norm(self, x: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[1:], *weight_bias, self.epsilon)

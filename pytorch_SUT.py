@@ -1,7 +1,11 @@
-"""The PyTorch backend: load a BERT for question answering and turn batches into logits; packed_bert.py computes."""
+"""The PyTorch backend: load a BERT for question answering and turn batches into logits.
+
+packed_bert.py computes them on a CPU, cuda_bert.py on GPUs.
+"""
 
 import os
 import platform
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +19,10 @@ import torch
 from torch import Tensor
 
 import config
+import cuda_bert
+import gpus
 from backends import Backend, RunOptions
+from batching import check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from model_files import COUNTS, WIDTHS, model_files, read_weights
@@ -25,10 +32,23 @@ from squad_QSL import Batch
 # The dtype of the values between the linear layers, by --dtype; int8 applies only inside the linear layers.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
+GEMM_SIZE = 4096  # rows and columns of the products whose speed a notice gives; they take under 0.1 s on any GPU
+
 
 def find_device() -> torch.device:
-    """Return the GPU if there is one and USE_GPU allows it, else the CPU."""
-    return torch.device("cuda" if config.use_gpu() and torch.cuda.is_available() else "cpu")
+    """Return the first GPU that PyTorch can use and USE_GPU allows; else the CPU, with a notice if there is a GPU."""
+    if config.use_gpu() and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    gpus.notice_unused("PyTorch", torch.version.cuda, "install a build of torch with CUDA (docs/gpu.md)")
+    return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return "cpu", or what the GPUs are, without a comma."""
+    if device.type == "cpu":
+        return "cpu"
+    found = gpus.find_gpus()
+    return gpus.describe(found) if found else f"{torch.cuda.get_device_name()}; CUDA {torch.version.cuda}"
 
 
 def cpu_runs(dtype: str) -> bool:
@@ -48,35 +68,55 @@ def linear_layer(dtype: str, ranges: Ranges, name: str, weight: Tensor, bias: Te
             int8.quantize_gelu(*ranges[name.replace("up", "down")])
         return int8
     # oneDNN's blocked layout is for x86; PyTorch's own operators are faster on other processors.
-    on_x86 = weight.device.type == "cpu" and platform.machine() == "x86_64"
-    linear = PrepackedLinear if on_x86 and torch.backends.mkldnn.is_available() else Linear
+    linear = PrepackedLinear if platform.machine() == "x86_64" and torch.backends.mkldnn.is_available() else Linear
     return linear(weight.to(DTYPES[dtype]), bias.to(DTYPES[dtype]))
 
 
 class PyTorchBackend(Backend):
-    """Run BERT in PyTorch on packed tokens, on the GPU or the CPU; `ranges` are those of `prepare`."""
+    """Run BERT in PyTorch on packed tokens, on the GPUs or the CPU; `ranges` are those of `prepare`."""
 
     def __init__(self, options: RunOptions, ranges: Ranges | None = None) -> None:
-        self.device = find_device()
+        self.device, dtype = find_device(), options.dtype
         threads = config.thread_limit("MLC_MAX_NUM_THREADS") or torch.get_num_threads()
         self.threads = self.max_concurrency = threads if self.device.type == "cpu" else 1
         torch.set_num_threads(self.threads)
-        model = config.model_path("pytorch", options.dtype)
+        model = config.model_path("pytorch", dtype)
         self.model_path = model_files(model).weights
         bert_config, weights = read_weights(model)
         self.vocab_size = bert_config["vocab_size"]
-        dtype = options.dtype
-        if self.device.type == "cuda" and dtype == "int8":
-            raise UserError("--dtype=int8 runs on CPUs only; set USE_GPU=0 or give --dtype=fp16")
         if self.device.type == "cpu" and not cpu_runs(dtype):
             config.notice(f"this processor has no {dtype} instructions; running in fp32")
             dtype = "fp32"
-        self.name = f"PyTorch {torch.__version__}, {self.device.type}, {dtype}"
-        if dtype == "int8":
-            ranges = ranges or self.prepare(options)["ranges"]
-        make_linear = partial(linear_layer, dtype, ranges or {})
+        device = device_name(self.device)
+        self.name = f"PyTorch {torch.__version__}, {device}, {dtype}"
+        self.bert: Callable[[Batch], Tensor]
         with torch.inference_mode():
+            if self.device.type == "cuda":
+                self.gpu = device
+                self._load_on_gpus(options, bert_config, weights)
+                return
+            if dtype == "int8":
+                ranges = ranges or self.prepare(options)["ranges"]
+            make_linear = partial(linear_layer, dtype, ranges or {})
             self.bert = Bert(bert_config, weights, self.device, DTYPES[dtype], make_linear)
+
+    def _load_on_gpus(self, options: RunOptions, bert_config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Make `bert` for all visible GPUs, and log notices on its speed and on its responses."""
+        dtype, remedy = DTYPES[options.dtype], "set USE_GPU=0 or give --dtype=fp16"
+        if options.dtype == "int8":
+            raise UserError(f"--dtype=int8 runs on CPUs only; {remedy}")
+        if options.dtype == "bf16" and torch.cuda.get_device_capability(self.device) < cuda_bert.FLASH:
+            raise UserError(
+                f"--dtype=bf16: {torch.cuda.get_device_name(self.device)} has no bf16 instructions; {remedy}"
+            )
+        self.in_flight = cuda_bert.IN_FLIGHT
+        self.batch_tokens = options.batch_tokens or cuda_bert.batch_tokens()
+        self.bert = cuda_bert.CudaBerts(bert_config, weights, dtype, max(self.batch_tokens, MAX_SEQ_LENGTH))
+        self.concurrency = self.in_flight * len(self.bert.berts)
+        check_bytes(self, bert_config["vocab_size"], self.batch_tokens)
+        if options.dtype == "fp32":
+            rates = [cuda_bert.product_rate(self.device, DTYPES[name], GEMM_SIZE) for name in ("fp16", "fp32")]
+            config.notice(f"on this GPU --dtype=fp16 computes products {rates[0] / rates[1]:.1f} times as fast as fp32")
 
     @classmethod
     def prepare(cls, options: RunOptions) -> dict[str, Any]:
@@ -90,8 +130,9 @@ class PyTorchBackend(Backend):
     @torch.inference_mode()
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the logits of every token, float32 (tokens, 2)."""
-        torch.set_num_threads(self.threads // self.concurrency)  # for the calling thread; takes 0.6 us
-        return np.asarray(self.bert(batch).cpu())
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.threads // self.concurrency)  # for the calling thread; takes 0.6 us
+        return np.asarray(self.bert(batch))
 
 
 class PyTorchReference(Backend):
@@ -113,7 +154,8 @@ class PyTorchReference(Backend):
         model = BertForQuestionAnswering(BertConfig(**sizes))
         model.load_state_dict(weights, assign=True)
         self.model = model.to(self.device).eval()
-        self.name = f"PyTorch {torch.__version__}, {self.device.type}, fp32, baseline"
+        self.name = f"PyTorch {torch.__version__}, {device_name(self.device)}, fp32, baseline"
+        self.gpu = device_name(self.device) if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def predict(self, batch: Batch) -> np.ndarray:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,10 +39,20 @@ from model_files import model_files
 from squad_QSL import Batch
 
 CLUSTER_S = 10  # time in which a cluster must answer
+GPU_CALLS = 2  # at once in an actor on a GPU, so that a batch is there when the one before it ends
 START_S = 60  # time in which an actor's process must start; sending and loading the model has no fixed limit
 
 Placement = tuple[str, int | None]  # a node's id, and the cores of an actor there or None for one GPU
-Description = tuple[str, int | None, BatchPolicy]  # name, vocabulary size and batch policy of an actor's backend
+
+
+class Description(NamedTuple):
+    """What an actor's backend is."""
+
+    name: str
+    vocab_size: int | None
+    batch_policy: BatchPolicy
+    batch_tokens: int
+    in_flight: int
 
 
 def connect() -> None:
@@ -104,11 +115,14 @@ class Actor:
                 os.chdir(before)
         zeros, ones = np.zeros((1, MAX_SEQ_LENGTH), np.int32), np.ones((1, MAX_SEQ_LENGTH), np.int32)
         self.backend.predict(Batch(zeros, ones, zeros, ones.sum(1, np.int32)))
-        return self.backend.name, self.backend.vocab_size, self.backend.batch_policy
+        self.turns = threading.Semaphore(self.backend.concurrency)
+        values = (getattr(self.backend, name) for name in Description._fields)
+        return Description(*values)
 
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the logits of a batch, float32 (tokens, 2)."""
-        return self.backend.predict(batch)
+        with self.turns:
+            return self.backend.predict(batch)
 
 
 class RayBackend(Backend):
@@ -135,11 +149,14 @@ class RayBackend(Backend):
         placements = find_placements()
         descriptions = self.start(placements)
         if len(descriptions) > 1:
-            raise UserError(f"the Ray cluster's nodes differ: {descriptions}; give them the same packages and devices")
-        ((name, self.vocab_size, self.batch_policy),) = descriptions
+            found = [tuple(description) for description in descriptions]
+            raise UserError(f"the Ray cluster's nodes differ: {found}; give them the same packages and devices")
+        (actor,) = descriptions
+        self.vocab_size, self.batch_policy = actor.vocab_size, actor.batch_policy
+        self.batch_tokens, self.in_flight = actor.batch_tokens, actor.in_flight
         self.concurrency = 2 * len(placements)  # for each actor a batch that runs and one that is on its way
         nodes = {node for node, _ in placements}
-        self.name = f"Ray {ray.__version__}, {len(placements)} actors on {len(nodes)} nodes: {name}"
+        self.name = f"Ray {ray.__version__}, {len(placements)} actors on {len(nodes)} nodes: {actor.name}"
 
     def start(self, placements: list[Placement]) -> set[Description]:
         """Start an actor in each placement, and return the set of their descriptions. Raises UserError."""
@@ -149,7 +166,8 @@ class RayBackend(Backend):
             if self.closed:
                 raise UserError("the run has ended")
             for node, cores in placements:
-                resources = {"num_cpus": cores, "num_gpus": 0} if cores else {"num_cpus": 0, "num_gpus": 1}
+                gpu = {"num_cpus": 0, "num_gpus": 1, "max_concurrency": GPU_CALLS}
+                resources = {"num_cpus": cores, "num_gpus": 0} if cores else gpu
                 here = NodeAffinitySchedulingStrategy(node, soft=False)
                 # Task events are for Ray's dashboard: 3.7 KB a call would stay in memory, up to 100,000 calls.
                 remote = ray.remote(Actor).options(**resources, scheduling_strategy=here, enable_task_events=False)

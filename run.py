@@ -65,8 +65,8 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
     add("--quantized", action="store_true", help="the int8 model, as --dtype=int8")
     add("--reference", action="store_true", help="the baseline: fp32, batch size 1, padded to 384")
     tokens = (
-        f"limit of a batch in tokens (default: {BATCH_TOKENS}; in Server, as many as take a third of the target "
-        "latency, or one sample if each core runs its own batch)"
+        f"limit of a batch in tokens (default: {BATCH_TOKENS}, on a GPU 128 for each multiprocessor; in Server, as "
+        "many as take a third of the target latency, on a GPU a fifth, or one sample if each core runs its own batch)"
     )
     add("--batch_tokens", type=count, metavar="N", help=tokens)
     add("--profile", action="store_true", help="write ONNX Runtime's profile")
@@ -131,7 +131,7 @@ def serve_backend(options: RunOptions) -> None:
     log_progress("loading the model")
     worker = Worker()
     backend = worker.submit(lambda: load_backend(options)).result()
-    serve(backend, BatchPlan(backend.batch_policy, options.batch_tokens or BATCH_TOKENS), worker, options)
+    serve(backend, BatchPlan(backend.batch_policy, options.batch_tokens or backend.batch_tokens), worker, options)
 
 
 def main() -> None:

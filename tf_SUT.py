@@ -12,7 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 import config
+import gpus
 from backends import RunOptions
+from batching import MIN_VOCAB, check_bytes
 from config import UserError
 from files import require_model_file
 from graph_files import OUTPUTS, Graph, GraphNode, GraphTensor, one_line, read_signature
@@ -119,6 +121,10 @@ class TensorFlowBackend(GraphBackend):
     def __init__(self, options: RunOptions) -> None:
         self.model_path = path = config.model_path("tf", options.dtype)
         gpu = config.use_gpu() and bool(tf.config.list_physical_devices("GPU"))
+        if not gpu:
+            remedy = "install requirements/tf-gpu.txt in an environment of its own (docs/gpu.md)"
+            gpus.notice_unused("TensorFlow", tf.sysconfig.get_build_info().get("cuda_version"), remedy)
+        tf.config.experimental.enable_tensor_float_32_execution(False)  # the products are said to be in fp32
         intra = config.thread_limit("TF_INTRA_OP_PARALLELISM_THREADS")
         threads = intra or config.thread_limit("MLC_MAX_NUM_THREADS") or 0  # 0: one per core
         # Without AVX-512, TensorFlow's last bits depend on the threads per call: one number serves all scenarios then.
@@ -128,6 +134,7 @@ class TensorFlowBackend(GraphBackend):
             intra_op_parallelism_threads=threads,
             inter_op_parallelism_threads=config.thread_limit("TF_INTER_OP_PARALLELISM_THREADS") or self.concurrency,
             device_count={} if gpu else {"GPU": 0},
+            gpu_options=tf.compat.v1.GPUOptions(allow_growth=True),  # else it takes all memory of the GPU
         )
         graph, values, stated = read_graph(path)
         # On a CPU padding costs more than a batch gains, and the order in which a product adds depends on its rows.
@@ -140,8 +147,11 @@ class TensorFlowBackend(GraphBackend):
                 session.run(f"{name}/assign", {f"{name}/value:0": values.pop(name)})
             feeds = [tensor.name for tensor in self.signature.inputs]
             self.call = session.make_callable(list(self.signature.outputs), feed_list=feeds)
-        self.name = f"TensorFlow {tf.__version__}, {'cuda' if gpu else 'cpu'}, {self.dtype}"
+        self.gpu = gpus.describe(gpus.find_gpus()[:1]) if gpu else None
+        self.name = f"TensorFlow {tf.__version__}, {self.gpu or 'cpu'}, {self.dtype}"
         self.try_once()
+        if gpu and self.batch_policy == "mixed":
+            check_bytes(self, self.vocab_size or MIN_VOCAB, options.batch_tokens or self.batch_tokens)
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the outputs of the signature."""

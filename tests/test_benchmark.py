@@ -11,6 +11,7 @@ from helpers import DEMO_ENV, random_bert, refused
 
 import config
 from config import UserError
+from tools import benchmark
 from tools.benchmark import Run, convert_model, flops, parse_args, ratios, serve, spread_samples
 
 
@@ -127,8 +128,76 @@ def test_a_process_that_fails_or_dies_ends_the_benchmark():
 def test_samples_whose_logits_change_are_noted():
     logits = iter([{3: np.zeros((5, 2)), 4: np.zeros((6, 2))}, {3: np.zeros((5, 2)), 4: np.ones((6, 2))}])
     run = Run.__new__(Run)
-    run.logits, run.changed, run.memory = {}, set(), 0
-    run.pipes = {"Offline": SimpleNamespace(send=print, recv=lambda: ([0.1], next(logits), 1000))}
+    run.logits, run.changed, run.memory, run.gpu_memory = {}, set(), 0, 0
+    run.pipes = {"Offline": SimpleNamespace(send=print, recv=lambda: ([0.1], next(logits), 1000, 2000))}
     for _ in range(2):
         assert run.answer("Offline", np.arange(2)) == [0.1]
-    assert run.changed == {4} and run.memory == 1000
+    assert run.changed == {4} and (run.memory, run.gpu_memory) == (1000, 2000)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_gpu_runs_one_process_at_a_time_with_queries_of_seconds_and_a_cpu_all_of_them_in_turn(monkeypatch, on_gpu):
+    """A query of the 2 samples takes 0.4 s, and on a GPU it must take 3 s."""
+    steps = []
+
+    class Recorder(Run):
+        def __init__(self, name):
+            self.name, self.baseline, self.scenarios = name, False, ("SingleStream", "Offline")
+            self.rates, self.latencies = [], []
+
+        def open(self, scenario):
+            steps.append(f"+{self.name}{scenario[0]}")
+
+        def close(self, scenario):
+            steps.append(f"-{self.name}{scenario[0]}")
+
+        def answer(self, scenario, rows):
+            steps.append(f"{self.name}{scenario[0]}{len(rows)}")
+            return [0.2] * len(rows) if scenario == "SingleStream" else [0.2 * len(rows)]
+
+    monkeypatch.setattr(benchmark, "measure_peak", lambda peak: steps.append("peak") or peak.update(fp32=1.0))
+    monkeypatch.setattr(benchmark, "gpu_peak", lambda: steps.append("peak") or {"fp32": 2.0})
+    runs = [Recorder("a"), Recorder("b")]
+    measure = benchmark.measure_on_gpu if on_gpu else benchmark.measure_interleaved
+    assert measure(runs, lambda run, scenario: np.arange(2), 2) == {"fp32": 2.0 if on_gpu else 1.0}
+    one = "+{0}S {0}S2 {0}S2 {0}S16 {0}S16 -{0}S +{0}O {0}O2 {0}O2 {0}O16 {0}O16 -{0}O "
+    turns = "aS2 aO2 bS2 bO2 peak "
+    expected = one.format("a") + one.format("b") + "peak" if on_gpu else "+aS +aO +bS +bO " + 2 * turns
+    assert " ".join(steps) == expected.strip()
+    assert runs[0].rates == pytest.approx([5.0, 5.0]) and runs[0].latencies[0][0] == pytest.approx(200)
+
+
+@pytest.mark.parametrize("on_gpu, expected", [(True, benchmark.GPU_RUNS), (False, benchmark.DEFAULT_RUNS)])
+def test_the_default_runs_are_those_of_the_device(monkeypatch, on_gpu, expected):
+    names = []
+
+    def run(name, folder):
+        names.append(name)
+        if len(names) == len(expected) + 1:
+            raise InterruptedError
+
+    pytest.importorskip("torch")
+    monkeypatch.setattr("pytorch_SUT.find_device", lambda: SimpleNamespace(type="cuda" if on_gpu else "cpu"))
+    monkeypatch.setattr(benchmark, "Run", run)
+    monkeypatch.setattr("sys.argv", ["benchmark.py"])
+    for name in DEMO_ENV:
+        monkeypatch.setenv(name, DEMO_ENV[name])
+    with pytest.raises(InterruptedError):
+        benchmark.main()
+    assert names == ["pytorch:reference", *expected]
+    assert not on_gpu or "pytorch:int8" not in names
+
+
+def test_a_model_of_random_weights_is_bert_larges(monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    from model_files import read_weights
+
+    config_file = tmp_path / "config.json"
+    config_file.write_text(json.dumps(random_bert(tmp_path / "small")[0]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("config.BERT_CONFIG", str(config_file))
+    folder = benchmark.random_model()
+    bert_config, weights = read_weights(folder)
+    assert bert_config["hidden_size"] == 48 and abs(weights["qa_outputs.weight"].std() - 0.02) < 0.01
+    assert abs(weights["bert.embeddings.LayerNorm.weight"].mean() - 1) < 0.1
+    assert benchmark.random_model() == folder and not list(tmp_path.glob("build/benchmark/*.part"))

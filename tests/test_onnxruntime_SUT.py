@@ -111,7 +111,7 @@ def test_a_padded_batch_gives_the_same_logits(load, tiny):
     "variables, expected",
     [
         ({}, [CUDA, CPU]),
-        ({"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": TENSORRT}, [TENSORRT, CPU]),
+        ({"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": TENSORRT}, [TENSORRT, CUDA, CPU]),
         ({"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": CPU}, [CPU]),
         ({"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": "AbsentProvider"}, [CPU]),
         ({"USE_GPU": "off"}, [CPU]),

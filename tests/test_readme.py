@@ -37,6 +37,7 @@ ELSEWHERE = {
     ".venv/bin/python run.py --network": "two machines, test_network_LON.py",
     ".venv/bin/python run.py --backend=pytorch --scenario=SingleStream --quick": "10 s, as in make demo",
     ".venv/bin/python run.py --backend=pytorch --scenario=Server --find_peak": "minutes, test_run.py",
+    "make gpu_check": "a GPU; test_gpu_check.py has the dry run",
     ".venv/bin/python -m tools.benchmark": "BERT-Large, test_benchmark.py",
 }
 COMMAND = (".venv", "make", "export", "RAY_ADDRESS")

@@ -7,6 +7,7 @@ from helpers import predict, random_batch, random_bert, refused, samples
 pytest.importorskip("tensorflow")
 import tensorflow as tf
 
+import gpus
 import tf_SUT
 from convert.freeze_tf import build_graph, write_graph
 
@@ -130,3 +131,34 @@ def test_norms_use_the_models_epsilon(load, tmp_path):
     batch = random_batch(20)
     expected = predict(load(tmp_path / "model", "pytorch"), batch)
     assert np.abs(predict(load(tmp_path / "model.pb"), batch) - expected).max() < 1e-4
+
+
+def test_tensorflow_takes_no_tf32_and_on_a_gpu_no_more_memory_than_it_needs(load, tiny, monkeypatch):
+    """A GPU's memory would be taken whole, and a second process would have none."""
+    settings = []
+    session = tf.compat.v1.Session
+    monkeypatch.setattr(
+        tf.compat.v1, "Session", lambda graph, config: settings.append(config) or session(graph=graph, config=config)
+    )
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    load(tiny.folder / "model.pb")
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
+    assert settings[0].gpu_options.allow_growth
+
+
+def test_a_gpu_that_tensorflow_does_not_see_is_a_notice(load, tiny, monkeypatch, caplog):
+    monkeypatch.delenv("USE_GPU", raising=False)
+    monkeypatch.setattr(gpus, "find_gpus", lambda: [gpus.Gpu("Tesla T4", 15 * 2**30, 0, "580.65.06", "13.0")])
+    assert ", cpu, fp32" in load(tiny.folder / "model.pb").name
+    assert "TensorFlow runs on the CPU, not on the Tesla T4" in caplog.text
+
+
+def test_on_a_gpu_the_name_has_the_gpu_and_the_bytes_are_checked(load, tiny, monkeypatch):
+    """A session of the CPU that takes itself for one of a GPU."""
+    monkeypatch.delenv("USE_GPU", raising=False)
+    monkeypatch.setattr(gpus, "find_gpus", lambda: [gpus.Gpu("Tesla T4", 15 * 2**30, 0, "580.65.06", "13.0")])
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+    backend = load(tiny.folder / "model.pb")
+    assert backend.gpu == "Tesla T4 (15 GiB); driver 580.65.06; CUDA 13.0"
+    assert f", {backend.gpu}, fp32" in backend.name
+    assert backend.batch_policy == "mixed" and backend.same_bytes in (True, False)

@@ -5,22 +5,25 @@ python3 -m tools.benchmark --runs pytorch:fp32 pytorch:bf16 onnxruntime:fp32
 
 Each run, BACKEND:DTYPE, has its own process; its baseline is BACKEND:reference, the backend's fp32 model in run.py
 --reference. In every round each run answers the same samples, of the data set's distribution of lengths, so a ratio
-holds if the machine's speed drifts. Without ML_MODEL_FILE_WITH_PATH the weights are random: speed does not depend on
-them. LoadGen is left out: with a backend that computes nothing it handles over 100,000 samples a second.
+holds if the machine's speed drifts. A GPU runs only one process at a time, so there the rounds of a run are measured
+before the next one starts. Without ML_MODEL_FILE_WITH_PATH the weights are random: speed does not depend on them.
+LoadGen is left out: with a backend that computes nothing it handles over 100,000 samples a second.
 """
 
 import argparse
 import glob
 import hashlib
+import math
 import multiprocessing
 import os
 import queue
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +32,12 @@ import numpy as np
 from tabulate import tabulate
 
 import config
-from backends import BACKENDS, RunOptions, load_backend
-from batching import plan_batching
+import gpus
+from backends import BACKENDS, Backend, RunOptions, load_backend
+from batching import BatchPlan, plan_batching
 from create_squad_data import Features, Squad, load_features, read_vocab
 from files import atomic_write, file_digest, write_json
-from model_files import model_files, read_config
+from model_files import model_files, read_config, weight_shapes
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker
@@ -42,6 +46,9 @@ FOLDER = os.path.join(config.BUILD_DIR, "benchmark")
 REMEDY = "free disk space or correct the permissions"
 ALL_RUNS = [f"{backend}:{dtype}" for backend, entry in BACKENDS.items() for dtype in entry.dtypes]
 DEFAULT_RUNS = ["pytorch:fp32", "pytorch:bf16", "pytorch:int8"]
+GPU_RUNS = ["pytorch:fp32", "pytorch:fp16"]  # the defaults on a GPU; --dtype=bf16 needs a newer one than fp16 does
+GPU_SECONDS = 3  # a query on a GPU is repeated until it takes as long
+GPU_GEMM_SIZE = 8192  # rows and columns of the products that give a GPU's peak
 
 
 def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarray:
@@ -86,29 +93,36 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
     return convert("int8.onnx", "quantize_onnx", "--onnx", onnx, "--out")
 
 
-def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model: str) -> None:
-    """Load a backend as run.py does; answer each array of samples, one query in Offline, by results or a UserError."""
-    os.environ["ML_MODEL_FILE_WITH_PATH"] = model
-    reference = dtype == "reference"
-    options = RunOptions(backend_name, scenario, dtype="fp32" if reference else dtype, reference=reference)
-    logits: dict[int, np.ndarray] = {}
-    outcomes: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()  # samples of a batch, or a failure
+class MeasuredSUT(SquadSUT):
+    """Answer queries that `query` makes, and keep the logits instead of giving them to LoadGen."""
 
-    class MeasuredSUT(SquadSUT):
-        def answer(self, ids: Sequence[int], batch: Batch) -> None:
-            logits.update(zip(ids, np.split(self.backend.predict(batch), np.cumsum(batch.lengths)[:-1])))
-            outcomes.put(len(ids))
+    def __init__(self, backend: Backend, qsl: SquadQSL, plan: BatchPlan, worker: Worker) -> None:
+        self.logits: dict[int, np.ndarray] = {}  # {sample: float32 (tokens, 2)}
+        self._outcomes: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()  # samples of a batch, or a failure
+        super().__init__(backend, qsl, plan, self._outcomes.put, worker)
 
-    def run_query(rows: np.ndarray) -> float:
+    def answer(self, ids: Sequence[int], batch: Batch) -> None:
+        """Run a batch and keep its logits."""
+        self.logits.update(zip(ids, np.split(self.backend.predict(batch), np.cumsum(batch.lengths)[:-1])))
+        self._outcomes.put(len(ids))
+
+    def query(self, rows: np.ndarray) -> float:
+        """Answer one query of the samples `rows`; return the seconds. Raises what the backend raised."""
         begin, left = time.perf_counter(), len(rows)
-        sut.issue_queries([SimpleNamespace(index=row, id=row) for row in rows])
+        self.issue_queries([SimpleNamespace(index=row, id=row) for row in rows])
         while left:
-            outcome = outcomes.get()
+            outcome = self._outcomes.get()
             if isinstance(outcome, BaseException):
                 raise outcome
             left -= outcome
         return time.perf_counter() - begin
 
+
+def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model: str) -> None:
+    """Load a backend as run.py does; answer each array of samples, one query in Offline, by results or a UserError."""
+    os.environ["ML_MODEL_FILE_WITH_PATH"] = model
+    reference = dtype == "reference"
+    options = RunOptions(backend_name, scenario, dtype="fp32" if reference else dtype, reference=reference)
     try:
         worker = Worker()
         backend = worker.submit(lambda: load_backend(options)).result()
@@ -116,11 +130,13 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
         worker.submit(lambda: backend.predict(qsl.longest_batch())).result()
         plan = plan_batching(options, backend, qsl)
         backend.set_concurrency(plan.concurrency)
-        sut = MeasuredSUT(backend, qsl, plan, outcomes.put, worker)
+        sut = MeasuredSUT(backend, qsl, plan, worker)
         while True:
             rows = pipe.recv()
-            seconds = [run_query(query) for query in ([rows] if scenario == "Offline" else rows[:, None])]
-            pipe.send((seconds, logits, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+            seconds = [sut.query(query) for query in ([rows] if scenario == "Offline" else rows[:, None])]
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            on_gpus = sum(gpu.used_bytes for gpu in gpus.find_gpus()) if backend.gpu else 0
+            pipe.send((seconds, sut.logits, memory, on_gpus))
     except EOFError:
         pass  # the parent has ended
     except Exception as error:  # noqa: BLE001 - the parent reports it
@@ -128,27 +144,38 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
 
 
 class Run:
-    """One BACKEND:DTYPE with a process for each scenario, and what was measured."""
+    """One BACKEND:DTYPE, a process for each scenario in which it is measured, and what was measured."""
 
     def __init__(self, name: str, folder: str) -> None:
-        config.log_progress(f"loading {name}")
         self.name = name
         self.backend, self.dtype = name.split(":")
         self.baseline = self.dtype == "reference"  # it answers one sample after another in any scenario
+        self.scenarios = ("SingleStream",) if self.baseline else ("SingleStream", "Offline")
         self.rates: list[float] = []  # samples/s of each round
         self.latencies: list[list[float]] = []  # milliseconds, of each round
         self.logits: dict[int, np.ndarray] = {}
         self.changed: set[int] = set()  # samples whose logits depended on their batch, which is a fault of the backend
-        self.memory = 0  # bytes
+        self.memory = self.gpu_memory = 0  # bytes
         self.pipes: dict[str, Connection] = {}
-        model = convert_model(self.backend, self.dtype, folder)
+        self.processes: dict[str, Any] = {}
+        self.model = convert_model(self.backend, self.dtype, folder)
+
+    def open(self, scenario: str) -> None:
+        """Start the process of a scenario and wait until its model is loaded. Raises UserError."""
+        config.log_progress(f"loading {self.name} for {scenario}")
         context = multiprocessing.get_context("spawn")
-        for scenario in ("SingleStream",) if self.baseline else ("Offline", "SingleStream"):
-            self.pipes[scenario], other = context.Pipe()
-            # The arguments must be small: multiprocessing waits forever if a process dies before it has read them.
-            context.Process(target=serve, args=(other, self.backend, self.dtype, scenario, model), daemon=True).start()
-            other.close()  # so that `recv` here fails if the process dies
-            self.answer(scenario, np.array([], int))  # returns when the model is loaded
+        self.pipes[scenario], other = context.Pipe()
+        # The arguments must be small: multiprocessing waits forever if a process dies before it has read them.
+        args = other, self.backend, self.dtype, scenario, self.model
+        self.processes[scenario] = context.Process(target=serve, args=args, daemon=True)
+        self.processes[scenario].start()
+        other.close()  # so that `recv` here fails if the process dies
+        self.answer(scenario, np.array([], int))  # returns when the model is loaded
+
+    def close(self, scenario: str) -> None:
+        """End the process of a scenario."""
+        self.pipes.pop(scenario).close()
+        self.processes.pop(scenario).join()
 
     def answer(self, scenario: str, rows: np.ndarray) -> list[float]:
         """Let a process answer the samples `rows`; return the seconds of each query. Raises UserError if it fails."""
@@ -159,12 +186,20 @@ class Run:
             raise config.UserError(f"{self.name}: its process died (out of memory?); give fewer --runs") from None
         if isinstance(result, config.UserError):
             raise result
-        seconds, logits, memory = result
+        seconds, logits, memory, gpu_memory = result
         for row, array in logits.items():
             if not np.array_equal(self.logits.setdefault(row, array), array):
                 self.changed.add(row)
-        self.memory = max(self.memory, memory)
+        self.memory, self.gpu_memory = max(self.memory, memory), max(self.gpu_memory, gpu_memory)
         return list(seconds)
+
+    def measure(self, scenario: str, rows: np.ndarray) -> None:
+        """Measure a round: in SingleStream the latencies, in Offline the throughput, of the baseline both."""
+        seconds = self.answer(scenario, rows)
+        if scenario == "SingleStream":
+            self.latencies.append([1e3 * second for second in seconds])
+        if scenario == "Offline" or self.baseline:
+            self.rates.append(len(rows) / sum(seconds))
 
 
 def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
@@ -173,6 +208,18 @@ def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
     linear = 2 * (4 * hidden * hidden + 2 * hidden * inner)
     layer = sum(length * (linear + 4 * length * hidden) for length in map(int, lengths))
     return bert_config["num_hidden_layers"] * layer
+
+
+def gpu_peak() -> dict[str, float]:
+    """Return the GEMM throughput in operations/s of each dtype that the GPU has instructions for."""
+    import torch
+
+    import cuda_bert
+    from pytorch_SUT import DTYPES
+
+    device = torch.device("cuda", 0)
+    names = ["fp32", "fp16"] + ["bf16"] * (torch.cuda.get_device_capability(device) >= cuda_bert.FLASH)
+    return {name: cuda_bert.product_rate(device, DTYPES[name], GPU_GEMM_SIZE) for name in names}
 
 
 def measure_peak(peak: dict[str, float]) -> None:
@@ -230,16 +277,46 @@ def table_row(run: Run, baseline: Run, operations: float, peak: dict[str, float]
         "latency p50 / p90 / p99 (ms)": f"{p50:.0f} / {p90:.0f} / {p99:.0f}",
         "p90 x baseline (min to max)": ratios(p90s, baseline_p90s),
         "memory (GB)": f"{run.memory / 1e9:.1f}",
+        **({"GPU memory (GB)": f"{run.gpu_memory / 1e9:.1f}"} if run.gpu_memory else {}),
         "F1": f1,
     }
+
+
+def measure_interleaved(runs: list[Run], queries: Callable[[Run, str], np.ndarray], rounds: int) -> dict[str, float]:
+    """Measure `rounds` rounds of all runs, whose processes exist at once; return the CPU's peak in each dtype."""
+    for run in runs:
+        for scenario in run.scenarios:
+            run.open(scenario)
+    peak: dict[str, float] = {}
+    for number in range(rounds):
+        config.log_progress(f"round {number + 1} of {rounds}")
+        for run in runs:
+            for scenario in run.scenarios:
+                run.measure(scenario, queries(run, scenario))
+        measure_peak(peak)
+    return peak
+
+
+def measure_on_gpu(runs: list[Run], queries: Callable[[Run, str], np.ndarray], rounds: int) -> dict[str, float]:
+    """Measure one process after another, each with queries of GPU_SECONDS; return the GPU's peak in each dtype."""
+    for run in runs:
+        for scenario in run.scenarios:
+            run.open(scenario)
+            rows = queries(run, scenario)
+            run.answer(scenario, rows)  # the first query finds caches empty and clocks low
+            rows = np.tile(rows, math.ceil(GPU_SECONDS / sum(run.answer(scenario, rows))))
+            for _ in range(rounds):
+                run.measure(scenario, rows)
+            run.close(scenario)
+    return gpu_peak()
 
 
 def parse_args() -> argparse.Namespace:
     """Return the command line."""
     parser = config.argument_parser(__doc__)
     add, count = parser.add_argument, config.positive_int
-    runs = f"{', '.join(ALL_RUNS)} (default: {' '.join(DEFAULT_RUNS)})"
-    add("--runs", nargs="+", choices=ALL_RUNS, default=DEFAULT_RUNS, metavar="BACKEND:DTYPE", help=runs)
+    runs = f"{', '.join(ALL_RUNS)} (default: {' '.join(DEFAULT_RUNS)}; on a GPU {' '.join(GPU_RUNS)})"
+    add("--runs", nargs="+", choices=ALL_RUNS, metavar="BACKEND:DTYPE", help=runs)
     add("--samples", type=count, default=32, help="samples in a round, in Offline three times as many (default: 32)")
     add("--rounds", "--turns", type=count, default=3, help="rounds of all runs (default: 3)")
     add("--quick", action="store_true", help="8 samples, 1 round")
@@ -249,23 +326,36 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def random_model() -> str:
+    """Return the folder of a BERT-Large with random weights in Hugging Face's form, and write it if it is missing."""
+    folder = os.path.join(FOLDER, "bert-large-random")
+    if not os.path.exists(folder):
+        import torch
+        from safetensors.torch import save_file
+
+        config.log_progress(f"writing {folder}")
+        torch.manual_seed(0)
+        shapes = weight_shapes(read_config(config.BERT_CONFIG))
+        weights = {name: 0.02 * torch.randn(shapes[name]) + name.endswith("LayerNorm.weight") for name in shapes}
+        os.makedirs(f"{folder}.part", exist_ok=True)
+        save_file(weights, f"{folder}.part/model.safetensors")
+        shutil.copyfile(config.BERT_CONFIG, f"{folder}.part/config.json")
+        os.rename(f"{folder}.part", folder)
+    return folder
+
+
 def main() -> None:
     """Measure the runs that the command line names and print the table."""
+    from pytorch_SUT import find_device
+
     args = parse_args()
+    on_gpu = find_device().type == "cuda"
+    names = args.runs or (GPU_RUNS if on_gpu else DEFAULT_RUNS)
     dataset, vocab_file = config.dataset_files()
     os.environ["VOCAB_FILE"] = vocab_file  # for the processes whose model lies in another folder
     squad, features = load_features(dataset, vocab_file)
     given = config.local_model(os.environ.get("ML_MODEL_FILE_WITH_PATH", ""))
-    folder = given or os.path.join(FOLDER, "bert-large-random")
-    if not given and not os.path.exists(folder):
-        import torch
-        from transformers import BertConfig, BertForQuestionAnswering
-
-        config.log_progress(f"writing {folder}")
-        torch.manual_seed(0)
-        model = BertForQuestionAnswering(BertConfig.from_json_file(config.BERT_CONFIG))
-        model.save_pretrained(f"{folder}.part")
-        os.rename(f"{folder}.part", folder)
+    folder = given or random_model()
     if not given and not os.environ.get("CALIBRATION_FILE"):  # random weights need no calibration on a hundred samples
         os.environ["CALIBRATION_FILE"] = os.path.join(FOLDER, "calibration.txt")
         with atomic_write(os.environ["CALIBRATION_FILE"], REMEDY, "a calibration list") as file:
@@ -275,17 +365,13 @@ def main() -> None:
     # a real query of Offline has dozens of samples of each length
     query = spread_samples(features.lengths, min(3 * args.samples, len(features)), group=4)
     few = rows[: max(2, len(rows) // 4)]  # for the baseline, which takes the same time for each sample
-    backends = dict.fromkeys(run.partition(":")[0] for run in args.runs)
-    runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *args.runs]]
-    peak: dict[str, float] = {}
-    for number in range(args.rounds):
-        config.log_progress(f"round {number + 1} of {args.rounds}")
-        for run in runs:
-            seconds = run.answer("SingleStream", few if run.baseline else rows)
-            run.latencies.append([1e3 * second for second in seconds])
-            offline = seconds if run.baseline else run.answer("Offline", query)
-            run.rates.append(len(few if run.baseline else query) / sum(offline))
-        measure_peak(peak)
+
+    def queries(run: Run, scenario: str) -> np.ndarray:
+        return few if run.baseline else query if scenario == "Offline" else rows
+
+    backends = dict.fromkeys(run.partition(":")[0] for run in names)
+    runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *names]]
+    peak = (measure_on_gpu if on_gpu else measure_interleaved)(runs, queries, args.rounds)
 
     baselines = {run.backend: run for run in runs if run.baseline}
     operations = flops(bert_config, features.lengths[query]) / len(query)
@@ -299,8 +385,10 @@ def main() -> None:
         table.append(table_row(run, baselines[run.backend], operations, peak, f1))
     text = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
     tokens = features.lengths[query].mean()
+    device = f", {gpus.describe(gpus.find_gpus())}" if on_gpu and gpus.find_gpus() else ""
     gemm = ", ".join(f"{name} {rate / 1e9:.0f} Gop/s" for name, rate in peak.items())
-    note = f"{folder}, {len(query)} samples of {tokens:.0f} tokens on average; rounds: {args.rounds}; peak GEMM: {gemm}"
+    samples = f"{len(query)} samples of {tokens:.0f} tokens on average"
+    note = f"{folder}{device}, {samples}; rounds: {args.rounds}; peak GEMM: {gemm}"
     print(text, note, sep="\n\n")
     with atomic_write(os.path.join(FOLDER, "table.md"), REMEDY, "a benchmark's table") as file:
         file.write(f"{text}\n\n{note}\n".encode())

@@ -39,7 +39,8 @@ SYSTEM = {
     "name": "system", "backend": "backend", "dtype": "dtype", "batch_tokens": "batch size (tokens)",
     "workers": "concurrency", "model": "model", "model_md5": "model MD5", "dataset": "data set", "vocab": "vocabulary",
     "processor": "processor", "cores": "cores", "gpu": "GPU", "accelerators": "accelerators", "memory": "memory",
-    "system": "operating system", "revision": "git revision", "command": "command", "python": "Python",
+    "system": "operating system", "revision": "git revision",
+    "same_bytes_in_every_batch": "same bytes in every batch", "command": "command", "python": "Python",
 }
 # fmt: on
 
@@ -84,7 +85,7 @@ def system(run: Run) -> dict[str, str]:
         record["memory"] = f"{number(memory / 2**30)} GiB"
     found = {label: record.get(key) for key, label in SYSTEM.items()}
     found |= record.get("libraries", {}) | record.get("variables", {})
-    return {label: str(value) for label, value in found.items() if value}
+    return {label: str(value) for label, value in found.items() if value or value is False}
 
 
 def results(run: Run) -> dict[str, str]:

@@ -9,6 +9,7 @@ import subprocess
 from importlib.metadata import version
 from typing import Any
 
+import gpus
 from backends import BACKENDS
 from config import UserError, local_model, printable
 from files import read_toml
@@ -80,5 +81,9 @@ def describe_system(plan: Plan, backend: str = "known after the runs, CPU") -> d
     if device.lower().startswith("cpu"):
         fields |= {name: "N/A" for name in FIELDS["required"] if name.startswith("accelerator_")}
         fields["accelerators_per_node"] = "0"
+    elif gpu := gpus.parse_description(device):
+        fields |= {"accelerators_per_node": gpu["count"], "accelerator_model_name": gpu["model"]}
+        fields |= {"accelerator_memory_capacity": gpu["memory"]}
+        fields["sw_notes"] = f"NVIDIA driver {gpu['driver']}, CUDA {gpu['cuda']}"
     names = {name: plan.get(name) for name in ("division", "submitter", "system_name")}
     return {**fields, **describe_machine(), **plan["system"], **names}

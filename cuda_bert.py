@@ -1,0 +1,243 @@
+"""Compute BERT on NVIDIA GPUs in PyTorch: all samples in one attention call, and two batches in flight on each GPU.
+
+No line of this file has run on a GPU yet. tests/test_cuda_bert.py runs it on fake CUDA tensors and with stand-ins for
+the kernels, streams and graphs; `make gpu_check` checks and measures it on a GPU.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import UserError
+from create_squad_data import MAX_SEQ_LENGTH
+from packed_bert import Bert, Linear, packed_inputs
+from squad_QSL import Batch
+
+IN_FLIGHT = 2  # batches at once on a GPU: it computes one while the host answers another and forms the next
+# The default limit of a batch. The tiles of a large product have 128 rows and 256 columns: with 128 tokens for each
+# multiprocessor, every product of BERT-Large is a whole number of tiles for each. An H100 has 132: 16,896 tokens.
+TOKENS_PER_MULTIPROCESSOR = 128
+# Batches of at most GRAPH_SAMPLES samples run as a CUDA graph of the next of these numbers of tokens: one launch from
+# the host instead of about 170. In larger batches, the launches take less time than the GPU needs to compute.
+GRAPH_TOKENS = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)
+GRAPH_SAMPLES = 16
+MOVES = ("out", "qkv"), ("down", "up")  # see `move_bias`: the layers whose bias moves, and those that take it away
+FLASH = (8, 0)  # the lowest compute capability of FlashAttention and of bf16
+
+
+class CudaLinear(Linear):
+    """A linear layer on CUDA with what cuBLASLt computes within the product: the bias, gelu, and the sum."""
+
+    def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Return x W' + b, its gelu, or `residual` with x W' added to it, in place: `CudaBert` has added b before.
+
+        The gelu of a product in bf16 or fp16 is cuBLASLt's, which is the tanh approximation.
+        """
+        if residual is not None:
+            return residual.addmm_(x, self.weight.t())
+        if gelu and x.dtype != torch.float32:
+            return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
+        return super().__call__(x, gelu)
+
+
+def flash_attention(qkv: Tensor, heads: int, ends: Tensor) -> Tensor:
+    """Compute packed_bert.attention in bf16 or fp16; `ends`, int32 (samples + 1,), are 0 and where each sample ends.
+
+    Samples may have no tokens. Rows after the last sample are undefined. The longest sample that there can be is given
+    instead of the batch's, so that a CUDA graph takes any samples and no result depends on the batch's longest.
+    """
+    q, k, v = qkv.view(qkv.shape[0], 3, heads, -1).unbind(1)
+    fixed = ends, ends, MAX_SEQ_LENGTH, MAX_SEQ_LENGTH, 0.0, False, False
+    options = {"scale": 1.0, "num_splits": 1}  # 1: the order of the sums does not depend on the batch
+    return torch.ops.aten._flash_attention_forward(q, k, v, *fixed, **options)[0].flatten(1)
+
+
+def efficient_attention(qkv: Tensor, heads: int, ends: Tensor) -> Tensor:
+    """Compute what `flash_attention` does, in fp32 and on older GPUs too."""
+    q, k, v = qkv.view(1, qkv.shape[0], 3, heads, -1).unbind(2)
+    fixed = None, ends, ends, MAX_SEQ_LENGTH, MAX_SEQ_LENGTH, 0.0, 0, False
+    result = torch.ops.aten._efficient_attention_forward(q, k, v, *fixed, scale=1.0)
+    return result[0].flatten(2).squeeze(0)
+
+
+def move_bias(norm: tuple[Tensor, Tensor], added: Linear, reader: Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `norm` in `dtype` with the bias of the layer `added`, which is added to its output, in its own bias.
+
+    `reader`, which multiplies the same output, gets a bias that takes away what the norm really adds, with all rounding
+    to `dtype`. The tensors of `norm` and of the layers are fp32.
+    """
+    weight, bias = norm
+    moved = (bias + added.bias).to(dtype)
+    reader.bias = reader.bias - F.linear(moved.float() - bias, reader.weight.to(dtype).float())
+    return weight.to(dtype), moved
+
+
+class Slot(NamedTuple):
+    """The host's side of a batch in flight, in page-locked memory, so that copies do not wait."""
+
+    inputs: Tensor  # int32 (4 * (tokens + 1),)
+    logits: Tensor  # fp32 (tokens, 2)
+    done: torch.cuda.Event
+
+
+def input_rows(buffer: Tensor, tokens: int) -> Tensor:
+    """Return the part of `buffer` for a batch of `tokens` tokens: rows of ids, positions, segments, samples' ends."""
+    return buffer.narrow(0, 0, 4 * (tokens + 1)).view(4, -1)
+
+
+def pinned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros in page-locked memory."""
+    return torch.zeros(*shape, dtype=dtype, pin_memory=True)
+
+
+def capture(call: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
+    """Capture `call()` on the current stream: return what replays it, and its result, which each replay overwrites.
+
+    Graphs of one `pool` share the memory of their intermediate values, so only one of them may run at a time.
+    """
+    call()  # loads the kernels and allocates the workspaces of this shape, which a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        result = call()
+    return graph.replay, result
+
+
+class CudaBert(Bert):
+    """`Bert` on one GPU, for IN_FLIGHT threads at once, in batches of up to `max_tokens` tokens. Raises UserError."""
+
+    def __init__(
+        self,
+        bert_config: dict[str, Any],
+        weights: dict[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        max_tokens: int,
+    ) -> None:
+        size = bert_config["hidden_size"] // bert_config["num_attention_heads"]
+        if size % 8 or size > 256:
+            need = "a multiple of 8 up to 256"
+            raise UserError(f"the model's attention heads have {size} values, and a GPU needs {need}; set USE_GPU=0")
+        linears: dict[str, CudaLinear] = {}
+
+        def make_linear(name: str, weight: Tensor, bias: Tensor) -> Linear:
+            linears[name] = CudaLinear(weight, bias)
+            return linears[name]
+
+        super().__init__(bert_config, weights, device, dtype, make_linear)
+        norms = [self.embedding_norm, *(norm for layer in self.layers for norm in (layer[2], layer[5]))]
+        pairs = [(f"{layer}.{pair[0]}", f"{layer}.{pair[1]}") for layer in range(len(self.layers)) for pair in MOVES]
+        last = norms.pop()  # to whose output nothing is added
+        norms = [move_bias(norm, linears[one], linears[other], dtype) for norm, (one, other) in zip(norms, pairs)]
+        norms.append((last[0].to(dtype), last[1].to(dtype)))  # CUDA's norm takes only weights of its input's dtype
+        for linear in linears.values():
+            linear.weight, linear.bias = linear.weight.to(dtype), linear.bias.to(dtype)
+        self.embedding_norm = norms[0]
+        self.layers = [
+            (qkv, out, norms[2 * layer + 1], up, down, norms[2 * layer + 2])
+            for layer, (qkv, out, _, up, down, _) in enumerate(self.layers)
+        ]
+        flash = dtype != torch.float32 and torch.cuda.get_device_capability(device) >= FLASH
+        self.attention, self.rows = flash_attention if flash else efficient_attention, 1
+
+        self.lock = threading.Lock()  # the thread that holds it owns `device_inputs` and launches
+        self.stream = torch.cuda.Stream(device)
+        self.device_inputs = torch.zeros(4 * (max_tokens + 1), dtype=torch.int32, device=device)
+        self.free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for _ in range(IN_FLIGHT):
+            logits = pinned(max_tokens, 2, dtype=torch.float32)
+            self.free.put(Slot(pinned(4 * (max_tokens + 1), dtype=torch.int32), logits, torch.cuda.Event()))
+        self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}  # by their number of tokens
+        with torch.cuda.stream(self.stream):
+            pool = torch.cuda.graph_pool_handle()
+            for tokens in sorted((size for size in GRAPH_TOKENS if size <= max_tokens), reverse=True):
+                self.graphs[tokens] = capture(partial(self.launch, tokens, GRAPH_SAMPLES), pool)
+
+    def launch(self, tokens: int, samples: int) -> Tensor:
+        """Launch a batch's kernels on what is in `device_inputs`; return its logits, which will be on the GPU."""
+        rows = input_rows(self.device_inputs, tokens)
+        ids, positions, segments, _ = rows.narrow(1, 0, tokens).unbind()
+        return self.compute(ids, positions, segments, rows.select(0, 3).narrow(0, 0, samples + 1))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the logits of the batch's T tokens, fp32 (T, 2), in the host's memory."""
+        samples, tokens = len(batch), int(batch.lengths.sum())
+        fitting = [size for size in self.graphs if size >= tokens] if samples <= GRAPH_SAMPLES else []
+        size = min(fitting, default=tokens)  # of the graph, whose last rows and samples mean nothing
+        slot = self.free.get()
+        try:
+            sent = input_rows(slot.inputs, size)
+            rows = sent.numpy()
+            for row, values in zip(rows, packed_inputs(batch)):
+                row[:tokens], row[tokens:] = values, 0
+            rows[3, 0], rows[3, 1 : samples + 1], rows[3, samples + 1 :] = 0, np.cumsum(batch.lengths), tokens
+            with self.lock, torch.cuda.stream(self.stream):
+                input_rows(self.device_inputs, size).copy_(sent, non_blocking=True)
+                if fitting:
+                    replay, logits = self.graphs[size]
+                    replay()
+                else:
+                    logits = self.launch(tokens, samples)
+                slot.logits[:tokens].copy_(logits[:tokens], non_blocking=True)
+                slot.done.record(self.stream)
+            slot.done.synchronize()
+            return slot.logits[:tokens].clone()
+        finally:
+            self.free.put(slot)
+
+
+def devices() -> list[torch.device]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+class CudaBerts:
+    """A `CudaBert` on each visible GPU; a call takes one that has a free slot. `weights` stay as they are."""
+
+    def __init__(
+        self, bert_config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype, tokens: int
+    ) -> None:
+        # What makes a row's bits independent of the number of rows, as far as settings can: no TF32, no split-K and
+        # one library. The order of a sum would else depend on the kernel that fits the number of rows.
+        torch.set_float32_matmul_precision("highest")
+        for name in ("fp16", "bf16"):
+            setattr(torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction", (False, False))
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        self.berts = [CudaBert(bert_config, dict(weights), device, dtype, tokens) for device in devices()]
+        self.free: queue.SimpleQueue[CudaBert] = queue.SimpleQueue()
+        for bert in IN_FLIGHT * self.berts:  # one slot of each GPU, then the other
+            self.free.put(bert)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the logits of the batch's T tokens, fp32 (T, 2), in the host's memory."""
+        bert = self.free.get()
+        try:
+            return bert(batch)
+        finally:
+            self.free.put(bert)
+
+
+def batch_tokens() -> int:
+    """Return the default limit of a batch in tokens, for the visible GPU with the fewest multiprocessors."""
+    properties = map(torch.cuda.get_device_properties, devices())
+    return TOKENS_PER_MULTIPROCESSOR * int(min(device.multi_processor_count for device in properties))
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Return the operations/s of the product of two matrices of `size` rows and columns; best of five."""
+    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):  # the first loads the kernel
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        x @ y
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
