@@ -351,16 +351,15 @@ def main() -> None:
     args = parse_args()
     on_gpu = find_device().type == "cuda"
     names = args.runs or (GPU_RUNS if on_gpu else DEFAULT_RUNS)
-    dataset, vocab_file = config.dataset_files()
-    os.environ["VOCAB_FILE"] = vocab_file  # for the processes whose model lies in another folder
-    squad, features = load_features(dataset, vocab_file)
+    squad, features = load_features(*config.dataset_files())
+    vocab_file = os.environ["VOCAB_FILE"] = config.dataset_files()[1]  # also if a process's model is in another folder
     given = config.local_model(os.environ.get("ML_MODEL_FILE_WITH_PATH", ""))
     folder = given or random_model()
     if not given and not os.environ.get("CALIBRATION_FILE"):  # random weights need no calibration on a hundred samples
         os.environ["CALIBRATION_FILE"] = os.path.join(FOLDER, "calibration.txt")
         with atomic_write(os.environ["CALIBRATION_FILE"], REMEDY, "a calibration list") as file:
             file.write(b"0\n1\n2\n3\n")
-    bert_config = read_config(model_files(folder)[0])
+    bert_config = read_config(model_files(folder).config_file)
     rows = spread_samples(features.lengths, min(args.samples, len(features)))
     # a real query of Offline has dozens of samples of each length
     query = spread_samples(features.lengths, min(3 * args.samples, len(features)), group=4)

@@ -148,7 +148,7 @@ def offline(amounts: Amounts, known: Results, dtype: str) -> Values:
     default = int(known.get("machine", {}).get("default batch (tokens)", BATCH_TOKENS))
     limits = [default // 8, default // 4, default // 2, default, 2 * default] if dtype == amounts.fast else [default]
     backend, qsl = load(dtype, max(limits))
-    bert_config = read_config(model_files(config.model_path("pytorch", dtype))[0])
+    bert_config = read_config(model_files(config.model_path("pytorch", dtype)).config_file)
     values: Values = {}
     for tokens in limits:
         plan = BatchPlan("mixed", tokens, backend.concurrency, sort_by_length=True)
