@@ -78,7 +78,7 @@ test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
-	$(PYTHON) -c "import vermin; vermin.main()" --target=3.10- --violations --no-tips --quiet *.py convert demo tools
+	$(PYTHON) -c "import vermin; vermin.main()" --target=3.10- --violations --no-tips --quiet *.py convert demo models tools
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test_pythons

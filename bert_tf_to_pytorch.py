@@ -15,7 +15,7 @@ import config
 from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, require_different_files, require_replaceable
-from model_files import read_config, write_config
+from models.model_files import read_config, write_config
 
 
 def main() -> None:

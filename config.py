@@ -72,11 +72,11 @@ def env(name: str, default: str) -> str:
 def local_model(model: str) -> str:
     """Return the path `model`, or that of the local copy if it names a model of Hugging Face's hub: hf://ORG/NAME.
 
-    tools/hub.py describes these names and fetches the model. Raises UserError if that fails.
+    models/hub.py describes these names and fetches the model. Raises UserError if that fails.
     """
     if not model.startswith("hf://"):
         return model
-    from tools.hub import HubError, fetch  # not at the top, because Ray's nodes do not have the folder
+    from models.hub import HubError, fetch  # not at the top, because Ray's nodes do not have the folder
 
     try:
         path, remark = fetch(model)

@@ -203,7 +203,7 @@ def new_record(options: RunOptions, backend: Backend, batch_tokens: int) -> dict
 
 def finish_record(record: dict[str, Any]) -> None:
     """Add the end of the run and the md5 of the model's weights (3 s for BERT-Large's file)."""
-    from model_files import model_files  # not at the top, because it imports numpy
+    from models.model_files import model_files  # not at the top, because it imports numpy
 
     record["finished"] = timestamp()
     if record["model"] and os.path.isfile(record["model"]):

@@ -10,14 +10,14 @@ import numpy as np
 import onnxruntime
 
 import config
-import gpus
 from backends import BATCH_TOKENS, RunOptions
 from batching import MIN_VOCAB, check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, file_digest, require_model_file
-from graph_files import Graph, GraphSignature, GraphTensor, one_line, read_onnx_graph, read_signature
-from graph_SUT import GraphBackend
+from models import gpus
+from models.graph_backend import GraphBackend
+from models.graph_files import Graph, GraphSignature, GraphTensor, one_line, read_onnx_graph, read_signature
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 SHORTEST = 8  # tokens of a sample, at least; TensorRT's engines are for batches of at most this many tokens a sample

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 import config
-import cuda_bert
-import gpus
 from backends import Backend, RunOptions
 from batching import check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from model_files import COUNTS, WIDTHS, model_files, read_weights
-from packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges
+from models import cuda_bert, gpus
+from models.model_files import COUNTS, WIDTHS, model_files, read_weights
+from models.packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges
 from squad_QSL import Batch
 
 # The dtype of the values between the linear layers, by --dtype; int8 applies only inside the linear layers.

@@ -35,7 +35,7 @@ import config
 from backends import Backend, BatchPolicy, RunOptions
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from model_files import model_files
+from models.model_files import model_files
 from squad_QSL import Batch
 
 CLUSTER_S = 10  # time in which a cluster must answer
@@ -67,7 +67,7 @@ def connect() -> None:
         if problem:
             raise UserError(f"RAY_ADDRESS={address}: {problem}; give HOST:PORT of a cluster's head, or unset it")
     # The nodes need only the packages: they get the code, the Python files of the project's root, from here.
-    code = {"working_dir": config.ROOT, "excludes": ["/??*", "!/*.py"]}
+    code = {"working_dir": config.ROOT, "excludes": ["/??*", "!/*.py", "!/models"]}
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=address or "local", runtime_env=code, **quiet)

@@ -141,7 +141,7 @@ def main() -> None:
         return serve_backend(options)
     from batching import plan_batching
     from create_squad_data import load_features, read_vocab, require_uncased
-    from model_files import check_vocab
+    from models.model_files import check_vocab
     from squad_QSL import SquadQSL
     from squad_SUT import SquadSUT, Worker
 

@@ -12,13 +12,13 @@ import numpy as np
 import tensorflow as tf
 
 import config
-import gpus
 from backends import RunOptions
 from batching import MIN_VOCAB, check_bytes
 from config import UserError
 from files import require_model_file
-from graph_files import OUTPUTS, Graph, GraphNode, GraphTensor, one_line, read_signature
-from graph_SUT import GraphBackend
+from models import gpus
+from models.graph_backend import GraphBackend
+from models.graph_files import OUTPUTS, Graph, GraphNode, GraphTensor, one_line, read_signature
 
 INPUTS = set(chain(*config.ONNX_INPUTS))
 FAULT = "damaged or not a frozen TensorFlow graph of BERT"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import config
 from create_squad_data import load_features, read_cache, read_calibration, write_cache
-from model_files import COUNTS, WIDTHS, model_files, read_config, read_weights
-from packed_bert import Bert, PrepackedLinear, Ranges
+from models.model_files import COUNTS, WIDTHS, model_files, read_config, read_weights
+from models.packed_bert import Bert, PrepackedLinear, Ranges
 from squad_QSL import Batch, SquadQSL
 
 CACHE_VERSION = 1  # raise it if the ranges of unchanged input change

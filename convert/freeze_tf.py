@@ -16,7 +16,7 @@ from convert.tf_checkpoint import Weights, read_checkpoint
 from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, require_replaceable
-from model_files import read_config
+from models.model_files import read_config
 
 
 def build_graph(bert_config: dict[str, Any], weights: Weights, shape: tuple[Any, Any] = (None, None)) -> Any:

@@ -20,7 +20,7 @@ from config import UserError
 from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, require_replaceable
-from model_files import model_files, read_weights
+from models.model_files import model_files, read_weights
 
 INPUTS = config.ONNX_INPUTS[0]
 OUTPUTS = ("output_start_logits", "output_end_logits")

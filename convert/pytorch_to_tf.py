@@ -9,7 +9,7 @@ import config
 from convert.freeze_tf import build_graph, write_graph
 from convert.tf_checkpoint import read_checkpoint, require_new_checkpoint, write_checkpoint
 from convert.verify import new_files, random_logits, require_equal
-from model_files import read_weights
+from models.model_files import read_weights
 
 
 def main() -> None:

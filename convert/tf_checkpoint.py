@@ -12,7 +12,7 @@ import tensorflow as tf
 import config
 from config import UserError
 from files import require_model_file, require_replaceable
-from model_files import check_shapes, weight_shapes, write_config
+from models.model_files import check_shapes, weight_shapes, write_config
 
 REMEDY = "give another path or free disk"
 Weights = dict[str, np.ndarray]  # {Hugging Face's name: float32 array}

@@ -11,7 +11,7 @@ import numpy as np
 from backends import Backend, RunOptions, load_backend
 from config import UserError
 from files import KINDS, require_replaceable
-from model_files import model_files
+from models.model_files import model_files
 from squad_QSL import Batch
 
 SHORT = (30,)  # tokens of the samples of `random_logits`: one is enough to see that a model runs

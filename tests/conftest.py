@@ -88,7 +88,7 @@ def demo_models(tmp_path_factory):
     pytest.importorskip("tensorflow")
     from convert.freeze_tf import build_graph, write_graph
     from convert.pytorch_to_onnx import build_model, write_model
-    from model_files import read_weights
+    from models.model_files import read_weights
 
     folder = tmp_path_factory.mktemp("demo")
     models = {

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cuda_bert
-from model_files import weight_shapes
+from models import cuda_bert
+from models.model_files import weight_shapes
 
 BERT_CONFIG = {
     "hidden_size": 128,

@@ -259,7 +259,7 @@ def traced(opset):
         import torch
         from transformers import BertConfig, BertForQuestionAnswering
 
-        from model_files import read_weights
+        from models.model_files import read_weights
 
         bert_config, weights = read_weights(str(folder / "tiny/model"))
         bert = BertForQuestionAnswering(BertConfig(**bert_config, attn_implementation="eager")).eval()

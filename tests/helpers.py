@@ -101,7 +101,7 @@ def random_bert(folder, **changes):
     """
     from safetensors.numpy import save_file
 
-    from model_files import weight_shapes
+    from models.model_files import weight_shapes
 
     bert_config = {
         "hidden_size": 48,

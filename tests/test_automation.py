@@ -48,7 +48,7 @@ python3 accuracy-squad.py --val_data "$DATASET_FILE" --log_file "$LOG_PATH/mlper
 @pytest.fixture
 def shell(tmp_path):
     """Return a function that runs a script of bash as the automation does, in a folder with the project's scripts."""
-    for path in (*ROOT.glob("*.py"), ROOT / "convert", ROOT / "tools"):
+    for path in (*ROOT.glob("*.py"), ROOT / "convert", ROOT / "models", ROOT / "tools"):
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python3").symlink_to(sys.executable)

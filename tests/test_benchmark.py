@@ -190,7 +190,7 @@ def test_the_default_runs_are_those_of_the_device(monkeypatch, on_gpu, expected)
 
 def test_a_model_of_random_weights_is_bert_larges(monkeypatch, tmp_path):
     pytest.importorskip("torch")
-    from model_files import read_weights
+    from models.model_files import read_weights
 
     config_file = tmp_path / "config.json"
     config_file.write_text(json.dumps(random_bert(tmp_path / "small")[0]))

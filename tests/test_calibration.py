@@ -8,8 +8,8 @@ pytest.importorskip("torch")
 import torch
 
 import convert.calibration
-import packed_bert
 from convert.calibration import Observer, input_ranges, int8_ranges
+from models import packed_bert
 
 
 def equal(ranges, others):

@@ -23,7 +23,7 @@ from backends import RunOptions, load_backend
 from convert import freeze_tf, pytorch_to_onnx, pytorch_to_tf, quantize_onnx
 from convert.quantize_onnx import outlier_scales
 from convert.tf_checkpoint import read_checkpoint, variables, write_checkpoint
-from model_files import read_weights
+from models.model_files import read_weights
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(56))]
 

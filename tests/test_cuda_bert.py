@@ -1,4 +1,4 @@
-"""cuda_bert.py without a GPU: what CUDA's kernels demand, the numbers, streams, slots and graphs.
+"""models.cuda_bert.py without a GPU: what CUDA's kernels demand, the numbers, streams, slots and graphs.
 
 Fake CUDA tensors show that every operator gets what CUDA's kernels take. Stand-ins on the CPU compute the numbers.
 """
@@ -17,9 +17,9 @@ import torch
 from cuda_standins import BERT_CONFIG, CudaRules, random_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cuda_bert
-from cuda_bert import CudaBert, CudaBerts
-from packed_bert import Bert, Linear
+from models import cuda_bert
+from models.cuda_bert import CudaBert, CudaBerts
+from models.packed_bert import Bert, Linear
 from pytorch_SUT import DTYPES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -80,7 +80,7 @@ def run(bert, batch):
 
 
 def test_the_private_operators_are_as_in_the_torch_version_that_was_read():
-    source = (ROOT / "cuda_bert.py").read_text(encoding="utf-8")
+    source = (ROOT / "models/cuda_bert.py").read_text(encoding="utf-8")
     called = set(re.findall(r"torch\.(?:ops\.aten\.)?(_\w+)", source))
     assert called == set(SCHEMAS), "a private operator that is called needs a row in SCHEMAS"
     for name, schema in SCHEMAS.items():

@@ -1,4 +1,4 @@
-"""gpus.py: what NVML says of the machine's GPUs, and the notice if a framework does not use them."""
+"""models.gpus.py: what NVML says of the machine's GPUs, and the notice if a framework does not use them."""
 
 import re
 import sys
@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT
 
-import gpus
-from gpus import Gpu, describe, find_gpus, notice_unused, visible
+from models import gpus
+from models.gpus import Gpu, describe, find_gpus, notice_unused, visible
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, 2**30, "580.65.06", "13.0")
 
@@ -94,7 +94,7 @@ def test_without_a_driver_or_nvmls_package_there_is_no_gpu(nvml, monkeypatch, ca
 
 def test_nvmls_real_package_has_every_function_that_is_called():
     nvml = pytest.importorskip("pynvml")
-    called = set(re.findall(r"pynvml\.(\w+)", (ROOT / "gpus.py").read_text(encoding="utf-8")))
+    called = set(re.findall(r"pynvml\.(\w+)", (ROOT / "models/gpus.py").read_text(encoding="utf-8")))
     assert {"nvmlInit", "nvmlShutdown", "nvmlDeviceGetName"} <= called
     assert [name for name in called if not hasattr(nvml, name)] == []
 

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from backends import RunOptions, load_backend
 from config import ONNX_INPUTS, UserError
-from graph_files import onnx_graph, parse_onnx, read_onnx_graph, read_signature
+from models.graph_files import onnx_graph, parse_onnx, read_onnx_graph, read_signature
 
 # How far logits may be from the tiny model's, which are up to 2.5.
 EXACT, FP16, INT8 = 1e-4, 0.02, 0.5

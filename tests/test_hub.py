@@ -119,7 +119,7 @@ def test_a_hub_that_does_not_answer_is_one_line(fetch, fault):
 
 
 def test_a_hub_that_never_answers_is_one_line_within_seconds(fetch, monkeypatch):
-    monkeypatch.setattr("tools.hub.TIMEOUT_S", 1)
+    monkeypatch.setattr("models.hub.TIMEOUT_S", 1)
     with serving(MODELS, fault="never answers") as hub, refused("not in the cache", "timed out"):
         fetch("hf://me/demo", hub.url)
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, refused
 
 import config
-from model_files import read_config, read_weights, weight_shapes
+from models.model_files import read_config, read_weights, weight_shapes
 
 pytest.importorskip("torch")
 import torch

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backends import RunOptions, load_backend
-from model_files import model_files, read_weights
+from models.model_files import model_files, read_weights
 
 BACKEND = "pytorch"
 DEMO = ROOT / "demo/model"

@@ -5,10 +5,10 @@ import onnx
 import pytest
 from helpers import predict, random_batch, refused
 
-import gpus
 import onnxruntime_SUT
 from backends import RunOptions
-from graph_files import GraphSignature, GraphTensor
+from models import gpus
+from models.graph_files import GraphSignature, GraphTensor
 
 onnxruntime = pytest.importorskip("onnxruntime")
 BACKEND = "onnxruntime"  # of the fixture `load`

@@ -12,7 +12,7 @@ import squad_eval
 from create_squad_data import load_features, read_vocab
 from files import KINDS, file_digest, write_json
 from loadgen_logs import write_record
-from model_files import write_config
+from models.model_files import write_config
 from tools import download
 from tools.submission import tree
 

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from packed_bert import Int8Linear, Linear, PrepackedLinear, attention
+from models.packed_bert import Int8Linear, Linear, PrepackedLinear, attention
 from pytorch_SUT import DTYPES, cpu_runs
 
 INPUTS, OUTPUTS = 96, 160

@@ -41,7 +41,8 @@ IMPORT = """
 import importlib, pathlib
 sys.path.insert(0, {root!r})
 root = pathlib.Path({root!r})
-for path in sorted([*root.glob("*.py"), *root.glob("tools/**/*.py"), *root.glob("convert/*.py")]):
+patterns = ("*.py", "convert/*.py", "models/*.py", "tools/**/*.py")
+for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
     if path.name not in ("accuracy-squad.py", "__main__.py"):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         importlib.import_module(name)

@@ -7,10 +7,10 @@ from helpers import DEMO_ENV, random_batch, random_bert, refused, samples
 pytest.importorskip("torch")
 import torch
 
-import packed_bert
 import pytorch_SUT
 from backends import RunOptions
 from convert.calibration import input_ranges
+from models import packed_bert
 from pytorch_SUT import PyTorchBackend, PyTorchReference, cpu_runs
 
 

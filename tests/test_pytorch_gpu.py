@@ -13,11 +13,10 @@ import cuda_standins
 import torch
 
 import batching
-import cuda_bert
-import gpus
 from backends import RunOptions
 from batching import plan_batching
 from files import read_json
+from models import cuda_bert, gpus
 from pytorch_SUT import PyTorchBackend
 from squad_QSL import SquadQSL
 from squad_SUT import SquadSUT, Worker

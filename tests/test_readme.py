@@ -74,7 +74,7 @@ def succeed(folder, *command, **variables):
 def project(tmp_path_factory):
     """Return a folder with the project's code and the demo's files under the names that the documents use."""
     folder = tmp_path_factory.mktemp("project")
-    for path in (*ROOT.glob("*.py"), ROOT / "convert", ROOT / "tools"):
+    for path in (*ROOT.glob("*.py"), ROOT / "convert", ROOT / "models", ROOT / "tools"):
         (folder / path.name).symlink_to(path)
     shutil.copy(ROOT / "bert_config.json", folder)
     (folder / ".venv").symlink_to(sys.prefix)

@@ -117,7 +117,7 @@ def test_a_changed_source_file_of_a_run_needs_new_runs_and_a_tool_does_not(folde
     executed = imported_files("run.py", set())
     for backend in BACKENDS.values():
         imported_files(f"{backend.module}.py", executed)
-    assert {"run.py", "loadgen.py", "pytorch_SUT.py", "packed_bert.py", "convert/calibration.py"} <= executed
+    assert {"run.py", "loadgen.py", "pytorch_SUT.py", "models/packed_bert.py", "convert/calibration.py"} <= executed
     assert executed | {"bert_config.json"} <= set(code)
     assert not any(name.startswith(("tools/", "tests/")) or name == "convert/quantize_onnx.py" for name in code)
 

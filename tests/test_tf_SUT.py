@@ -7,9 +7,9 @@ from helpers import predict, random_batch, random_bert, refused, samples
 pytest.importorskip("tensorflow")
 import tensorflow as tf
 
-import gpus
 import tf_SUT
 from convert.freeze_tf import build_graph, write_graph
+from models import gpus
 
 BACKEND = "tf"  # of the fixture `load`
 

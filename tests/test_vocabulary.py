@@ -7,7 +7,7 @@ from helpers import DEMO_ENV, ROOT, refused
 
 import config
 from create_squad_data import read_vocab, require_uncased
-from model_files import check_vocab
+from models.model_files import check_vocab
 
 DEMO = ROOT / "demo/model"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "<S>"]

@@ -32,12 +32,12 @@ import numpy as np
 from tabulate import tabulate
 
 import config
-import gpus
 from backends import BACKENDS, Backend, RunOptions, load_backend
 from batching import BatchPlan, plan_batching
 from create_squad_data import Features, Squad, load_features, read_vocab
 from files import atomic_write, file_digest, write_json
-from model_files import model_files, read_config, weight_shapes
+from models import gpus
+from models.model_files import model_files, read_config, weight_shapes
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker
@@ -214,7 +214,7 @@ def gpu_peak() -> dict[str, float]:
     """Return the GEMM throughput in operations/s of each dtype that the GPU has instructions for."""
     import torch
 
-    import cuda_bert
+    from models import cuda_bert
     from pytorch_SUT import DTYPES
 
     device = torch.device("cuda", 0)
@@ -226,7 +226,7 @@ def measure_peak(peak: dict[str, float]) -> None:
     """Raise `peak` to the GEMM throughput in operations/s of each dtype that the processor has instructions for."""
     import torch
 
-    from packed_bert import Int8Linear, Linear, PrepackedLinear
+    from models.packed_bert import Int8Linear, Linear, PrepackedLinear
     from pytorch_SUT import cpu_runs
 
     rows, inputs, outputs = 2048, 1024, 4096

@@ -25,12 +25,12 @@ import numpy as np
 from tabulate import tabulate
 
 import config
-import gpus
 from backends import BATCH_TOKENS, Backend, RunOptions
 from batching import BatchPlan, Pending
 from create_squad_data import load_features
 from files import atomic_write, read_json, write_json
-from model_files import model_files, read_config
+from models import gpus
+from models.model_files import model_files, read_config
 from squad_QSL import SquadQSL
 from squad_SUT import Worker
 from tools.benchmark import MeasuredSUT, flops, gpu_peak, measure_peak, random_model, spread_samples
@@ -84,7 +84,7 @@ def machine(amounts: Amounts, known: Results) -> Values:
     found = gpus.find_gpus()
     values: Values = {"GPU": gpus.describe(found) if found else "none", "PyTorch": str(torch.__version__)}
     if amounts.on_gpu:
-        import cuda_bert
+        from models import cuda_bert
 
         values |= {"CUDA of PyTorch": torch.version.cuda, "default batch (tokens)": cuda_bert.batch_tokens()}
     return values

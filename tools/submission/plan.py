@@ -9,10 +9,10 @@ import subprocess
 from importlib.metadata import version
 from typing import Any
 
-import gpus
 from backends import BACKENDS
 from config import UserError, local_model, printable
 from files import read_toml
+from models import gpus
 from tools.submission.check import BENCHMARKS, FIELDS, VERSIONS
 
 Plan = dict[str, Any]  # the values of plan.toml, all texts but "system", which is a dict of texts

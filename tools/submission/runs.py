@@ -16,14 +16,14 @@ from config import ROOT, UserError, log_progress
 from files import file_digest, locked_folder, read_text, write_json
 from loadgen_conf import SEEDS, read_conf
 from loadgen_logs import LIBRARIES, RECORD, check_logs, read_record
-from model_files import CONFIG_FILES, model_files
+from models.model_files import CONFIG_FILES, model_files
 from tools.submission.check import RULES, seeds
 from tools.submission.plan import Plan, describe_machine
 
 RUNS = f"{config.BUILD_DIR}/submission-runs"  # each run has a folder in it
 RUN_LOG, INPUTS = "run.log", "run.json"  # in a run's folder: run.py's output, the run's inputs
 # The project's files that a run uses. The rest of convert/ only writes model files, which are inputs themselves.
-SOURCES = ("*.py", "bert_config.json", "convert/calibration.py")
+SOURCES = ("*.py", "models/*.py", "bert_config.json", "convert/calibration.py")
 PACKAGES = {*LIBRARIES, "onnxruntime-gpu", "ray", "safetensors"}  # those that compute
 # TEST01 is a performance run (LoadGen's mode 2).
 AUDIT_CONFIG = "*.*.mode = 2\n" + "".join(f"*.*.{key} = {value}\n" for key, value in RULES["test01"]["audit"].items())

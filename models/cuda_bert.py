@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from packed_bert import Bert, Linear, packed_inputs
+from models.packed_bert import Bert, Linear, packed_inputs
 from squad_QSL import Batch
 
 IN_FLIGHT = 2  # batches at once on a GPU: it computes one while the host answers another and forms the next

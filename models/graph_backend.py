@@ -10,7 +10,7 @@ import numpy as np
 import config
 from backends import Backend
 from config import UserError
-from graph_files import REMEDY, GraphSignature
+from models.graph_files import REMEDY, GraphSignature
 from squad_QSL import Batch
 
 

@@ -17,7 +17,7 @@ import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from files import file_digest, read_json, require_model_file, require_replaceable, write_json
-from state_dicts import WORDS, read_tensors
+from models.state_dicts import WORDS, read_tensors
 
 if TYPE_CHECKING:  # only `read_weights` imports PyTorch; the other functions work without it
     from torch import Tensor
