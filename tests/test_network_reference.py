@@ -68,7 +68,7 @@ def test_several_servers_of_mlperfs_reference_must_run_the_same_model(start):
         (lambda response, query: {"result": [[1e300, 1]] * 384}, "infinite"),
         (lambda response, query: {"result": "none"}, "form"),
         (lambda response, query: ["result"], "form"),
-        (lambda response, query: b"<html>", "text/plain"),
+        (lambda response, query: b"<html>", "no JSON"),
         (lambda response, query: response | {"id": "another"}, "another request"),
     ],
 )
