@@ -30,7 +30,6 @@ from squad_QSL import Batch
 
 # The dtype of the values between the linear layers, by --dtype; int8 applies only inside the linear layers.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
-
 GEMM_SIZE = 4096  # rows and columns of the products whose speed a notice gives; they take under 0.1 s on any GPU
 
 
@@ -40,14 +39,6 @@ def find_device() -> torch.device:
         return torch.device("cuda", 0)
     gpus.notice_unused("PyTorch", torch.version.cuda, "install a build of torch with CUDA (docs/gpu.md)")
     return torch.device("cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """Return "cpu", or what the GPUs are, without a comma."""
-    if device.type == "cpu":
-        return "cpu"
-    found = gpus.find_gpus()
-    return gpus.describe(found) if found else f"{torch.cuda.get_device_name()}; CUDA {torch.version.cuda}"
 
 
 def cpu_runs(dtype: str) -> bool:
@@ -86,12 +77,11 @@ class PyTorchBackend(Backend):
         if self.device.type == "cpu" and not cpu_runs(dtype):
             config.notice(f"this processor has no {dtype} instructions; running in fp32")
             dtype = "fp32"
-        device = device_name(self.device)
-        self.name = f"PyTorch {torch.__version__}, {device}, {dtype}"
+        self.gpu = gpus.describe(gpus.find_gpus()) if self.device.type == "cuda" else None
+        self.name = f"PyTorch {torch.__version__}, {self.gpu or 'cpu'}, {dtype}"
         self.bert: Callable[[Batch], Tensor]
         with torch.inference_mode():
-            if self.device.type == "cuda":
-                self.gpu = device
+            if self.gpu:
                 self._load_on_gpus(options, bert_config, weights)
                 return
             if dtype == "int8":
@@ -101,16 +91,15 @@ class PyTorchBackend(Backend):
 
     def _load_on_gpus(self, options: RunOptions, bert_config: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Make `bert` for all visible GPUs, and log notices on its speed and on its responses."""
-        dtype, remedy = DTYPES[options.dtype], "set USE_GPU=0 or give --dtype=fp16"
+        remedy = "set USE_GPU=0 or give --dtype=fp16"
         if options.dtype == "int8":
             raise UserError(f"--dtype=int8 runs on CPUs only; {remedy}")
         if options.dtype == "bf16" and torch.cuda.get_device_capability(self.device) < cuda_bert.FLASH:
-            raise UserError(
-                f"--dtype=bf16: {torch.cuda.get_device_name(self.device)} has no bf16 instructions; {remedy}"
-            )
+            raise UserError(f"--dtype=bf16 needs a GPU of compute capability 8.0 or higher; {remedy}")
         self.in_flight = cuda_bert.IN_FLIGHT
         self.batch_tokens = options.batch_tokens or cuda_bert.batch_tokens()
-        self.bert = cuda_bert.CudaBerts(bert_config, weights, dtype, max(self.batch_tokens, MAX_SEQ_LENGTH))
+        tokens = max(self.batch_tokens, MAX_SEQ_LENGTH)
+        self.bert = cuda_bert.CudaBerts(bert_config, weights, DTYPES[options.dtype], tokens)
         self.concurrency = self.in_flight * len(self.bert.berts)
         check_bytes(self, bert_config["vocab_size"], self.batch_tokens)
         if options.dtype == "fp32":
@@ -153,8 +142,8 @@ class PyTorchReference(Backend):
         model = BertForQuestionAnswering(BertConfig(**sizes))
         model.load_state_dict(weights, assign=True)
         self.model = model.to(self.device).eval()
-        self.name = f"PyTorch {torch.__version__}, {device_name(self.device)}, fp32, baseline"
-        self.gpu = device_name(self.device) if self.device.type == "cuda" else None
+        self.gpu = gpus.describe(gpus.find_gpus()[:1]) if self.device.type == "cuda" else None
+        self.name = f"PyTorch {torch.__version__}, {self.gpu or 'cpu'}, fp32, baseline"
 
     @torch.inference_mode()
     def predict(self, batch: Batch) -> np.ndarray:

@@ -33,6 +33,9 @@ MOVES = ("out", "qkv"), ("down", "up")  # see `move_bias`: the layers whose bias
 FLASH = (8, 0)  # the lowest compute capability of FlashAttention and of bf16
 
 
+Weights = dict[str, Tensor]  # by Hugging Face's names, fp32
+
+
 class CudaLinear(Linear):
     """A linear layer on CUDA with what cuBLASLt computes within the product: the bias, gelu, and the sum."""
 
@@ -114,12 +117,7 @@ class CudaBert(Bert):
     """`Bert` on one GPU, for IN_FLIGHT threads at once, in batches of up to `max_tokens` tokens. Raises UserError."""
 
     def __init__(
-        self,
-        bert_config: dict[str, Any],
-        weights: dict[str, Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-        max_tokens: int,
+        self, bert_config: dict[str, Any], weights: Weights, device: torch.device, dtype: torch.dtype, max_tokens: int
     ) -> None:
         size = bert_config["hidden_size"] // bert_config["num_attention_heads"]
         if size % 8 or size > 256:
@@ -201,16 +199,13 @@ def devices() -> list[torch.device]:
 class CudaBerts:
     """A `CudaBert` on each visible GPU; a call takes one that has a free slot. `weights` stay as they are."""
 
-    def __init__(
-        self, bert_config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype, tokens: int
-    ) -> None:
-        # What makes a row's bits independent of the number of rows, as far as settings can: no TF32, no split-K and
-        # one library. The order of a sum would else depend on the kernel that fits the number of rows.
+    def __init__(self, bert_config: dict[str, Any], weights: Weights, dtype: torch.dtype, max_tokens: int) -> None:
+        # Else the order of a row's sums would depend on the number of rows, which decides the kernel.
         torch.set_float32_matmul_precision("highest")
         for name in ("fp16", "bf16"):
             setattr(torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction", (False, False))
         torch.backends.cuda.preferred_blas_library("cublaslt")
-        self.berts = [CudaBert(bert_config, dict(weights), device, dtype, tokens) for device in devices()]
+        self.berts = [CudaBert(bert_config, dict(weights), device, dtype, max_tokens) for device in devices()]
         self.free: queue.SimpleQueue[CudaBert] = queue.SimpleQueue()
         for bert in IN_FLIGHT * self.berts:  # one slot of each GPU, then the other
             self.free.put(bert)

@@ -69,7 +69,7 @@ def test_batch_tokens_override_the_gpus_default_and_a_single_sample_always_fits(
     "dtype, capability, words",
     [
         ("int8", (9, 0), ["--dtype=int8 runs on CPUs only", "USE_GPU=0", "--dtype=fp16"]),
-        ("bf16", (7, 5), ["--dtype=bf16", "Test GPU has no bf16 instructions", "--dtype=fp16"]),
+        ("bf16", (7, 5), ["--dtype=bf16", "compute capability 8.0", "--dtype=fp16"]),
     ],
 )
 def test_a_dtype_that_a_gpu_lacks_is_refused_with_one_that_it_has(load, dtype, capability, words):
