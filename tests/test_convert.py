@@ -236,11 +236,12 @@ def test_a_converted_file_that_does_not_compute_the_same_is_not_kept(
     monkeypatch.setattr(module, reader, wrong)
     source = checkpoint if module is freeze_tf else ("--model", tiny.folder / "model")
     (tmp_path / "new").mkdir()
-    (tmp_path / "new/model").write_text("old")
+    old = (tiny.folder / ("model.onnx" if module is pytorch_to_onnx else "model.pb")).read_bytes()
+    (tmp_path / "new/model").write_bytes(old)
     with refused("new/model", "nothing was written", *words):
         command(module, *source, flag, "new/model")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
-    assert (tmp_path / "new/model").read_text() == "old"
+    assert (tmp_path / "new/model").read_bytes() == old
 
 
 @pytest.fixture

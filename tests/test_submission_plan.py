@@ -125,7 +125,7 @@ def test_a_changed_source_file_of_a_run_needs_new_runs_and_a_tool_does_not(folde
 def test_a_run_depends_on_the_models_files_and_on_variables_that_change_how_it_computes(folder, monkeypatch):
     write_plan(folder)
     plan = read_plan("plan.toml")
-    assert set(fingerprint(plan)["model"]) == {"config.json", "model.safetensors", "vocab.txt"}
+    assert set(fingerprint(plan)["model"]) == {"config.json", "model.onnx", "model.safetensors", "vocab.txt"}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert "OMP_NUM_THREADS" not in fingerprint(plan)["variables"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
