@@ -85,8 +85,8 @@ KINDS: dict[str, Recognizer] = {
     "a benchmark's results": with_keys("note", "rows"),
     "the GPU check's logits": starts(ZIP + rb"\d+\.npy"),
     "the GPU check's settings": starts(rb"\*\.Server\.target_qps = "),
-    "the GPU check's results": json_object(lambda value: all(isinstance(part, dict) for part in value.values())),
-    "the GPU check's table": starts(rb"\| "),
+    "the GPU check's results": json_object(lambda value: {dict} == set(map(type, value.values()))),
+    "the GPU check's table": starts(rb"\| part "),
 }
 
 

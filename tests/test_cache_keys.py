@@ -117,7 +117,7 @@ RANGES = {
 
 def plan(**changes):
     values = {"model": "model", "dataset": "dev.json", "vocab": "vocab.txt", "user_conf": "user.conf"}
-    return values | {"calibration": "list.txt", "backend": "pytorch", "dtype": "int8"} | changes
+    return values | {"calibration": "list.txt", "backend": "pytorch", "dtype": "int8", "version": "v6.1"} | changes
 
 
 def run_folder(**changes):

@@ -39,12 +39,16 @@ def written(tmp_path_factory):
     onnx.save(build_model(bert_config, weights), folder / "model.onnx")
     torch.save({"a": torch.zeros(2)}, folder / "model.pytorch")
     np.savez(folder / "cache.npz", key=np.array("x"), lengths=np.zeros(2))
+    np.savez(folder / "cpu_logits.npz", **{"7": np.zeros(2)})
+    (folder / "gpu.md").write_text("| part   | figure   |\n")
+    (folder / "user.conf").write_text("*.Server.target_qps = 80\n*.*.min_duration = 1000\n")
     np.savez(folder / "features.npz", input_ids=np.zeros(2), segment_ids=np.zeros(2))
     texts = {
         "answers.json": {"56be4db0acb8001400a502ec": "Denver Broncos"},
         "record.json": {"started": "now", "command": ["run.py"], "backend": "PyTorch", "dtype": "fp32"},
         "run.json": {"args": ["--backend=tf"], "model": {"model.pb": "0"}},
         "table.json": {"note": "", "rows": [], "rates": {}},
+        "result.json": {"products": {"fp32 (TFLOP/s)": 0.1}},
     }
     for name, value in texts.items():
         write_json(str(folder / name), value, "", "a new file")
@@ -72,6 +76,10 @@ def written(tmp_path_factory):
         "a calibration list": "list.txt",
         "a benchmark's table": "table.md",
         "a benchmark's results": "table.json",
+        "the GPU check's logits": "cpu_logits.npz",
+        "the GPU check's settings": "user.conf",
+        "the GPU check's results": "result.json",
+        "the GPU check's table": "gpu.md",
     }
     return {kind: str(folder / name) for kind, name in names.items()}
 
