@@ -27,7 +27,7 @@ import config
 from config import UserError, log_progress, printable
 from files import file_digest, locked_folder
 
-EVERY = ("tf", "pytorch", "ray", "onnxruntime", "openvino", "convert")
+EVERY = ("data", "tf", "pytorch", "ray", "onnxruntime", "openvino", "convert")
 PYTORCH, ONNX = ("pytorch", "ray"), ("onnxruntime", "openvino")
 SQUAD = "https://raw.githubusercontent.com/rajpurkar/SQuAD-explorer/master/dataset"
 CALIBRATION = "https://raw.githubusercontent.com/mlcommons/inference/master/calibration/SQuAD-v1.1"
