@@ -89,8 +89,7 @@ def entry(row, data):
         ("", "not valid JSON"),
         ('[{"qsl_idx": 0, "data": "00"', "not valid JSON"),
         ('[{"qsl_idx": 0, "data": "é"}]', "not ascii text"),
-        ("[]", "no sample"),
-        ("{}", "no sample"),
+        ("{}", "is not a JSON list"),
         ("[3]", "entry 0"),
         ('[{"qsl_idx": 0}]', "entry 0"),
         (entry(0, "0G"), "entry 0"),
@@ -135,7 +134,8 @@ def test_whatever_a_log_holds_it_is_read_or_refused(tmp_path_factory, content, d
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     else:
-        assert set(logits.rows) <= {0, 1, 2} and len(logits.rows) and logits.start.shape == logits.end.shape
+        assert set(logits.rows) <= {0, 1, 2} and logits.start.shape == logits.end.shape
+        assert len(logits.rows) or json.loads(content) == []
 
 
 def test_a_log_of_some_features_scores_the_questions_that_it_has(write_log, tmp_path, monkeypatch, capsys, caplog):

@@ -14,6 +14,15 @@ from tools import gpu_check
 from tools.gpu_check import DRY, Amounts, in_batches, parts, run_part, table
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """Restore the environment, which a part that runs in this process changes."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.mark.slow
 def test_a_dry_run_completes_every_part_on_the_cpu(script, tmp_path):
     result = script("tools.gpu_check", "--dry")

@@ -129,7 +129,7 @@ def test_the_example_of_a_backend_answers_as_pytorch_does(tmp_path):
 
 def test_the_example_of_a_backend_is_short_and_passes_the_linter():
     file, _ = code_blocks(DOCUMENTS["docs/adding-a-backend.md"], "python")
-    assert len(file.splitlines()) < 30
+    assert len(file.splitlines()) <= 30
     command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "huggingface_SUT.py", "-"]
     subprocess.run(command, cwd=ROOT, input=file, text=True, check=True)
 

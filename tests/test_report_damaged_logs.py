@@ -210,9 +210,7 @@ def test_a_sample_beyond_the_data_set_costs_only_the_chart_by_length(tmp_path):
     assert run.samples and run.lengths is None and any("has number 1000000000" in note for note in run.notes)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[", "]", "[]", "[7]", DEEP, '[{"qsl_idx": 0, "data": "zz"}]', "null]", b"\xff]"]
-)
+@pytest.mark.parametrize("content", ["", "[", "]", "[7]", DEEP, '[{"qsl_idx": 0, "data": "zz"}]', "null]", b"\xff]"])
 def test_a_damaged_accuracy_log_has_a_note_instead_of_a_score(page, tmp_path, content):
     folder = write_run(tmp_path / "run", log={"effective_test_mode": "AccuracyOnly"}, samples=[])
     (folder / ACCURACY).write_bytes(content if isinstance(content, bytes) else content.encode())

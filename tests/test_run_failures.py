@@ -202,7 +202,7 @@ def test_doubtful_input_is_used_with_a_notice(script, tmp_path, what, words, com
 
 def test_an_unknown_execution_provider_is_a_notice(script, tmp_path, demo_models):
     (tmp_path / "user.conf").write_text(SHORT_RUNS)
-    variables = {"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": "RocketExecutionProvider"}
+    variables = {"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": "RocketExecutionProvider", "USE_GPU": ""}
     flags = ("--backend=onnxruntime", "--accuracy", "--max_examples=4")
     result = script("run.py", *flags, ML_MODEL_FILE_WITH_PATH=demo_models["onnxruntime"], **variables)
     assert result.returncode == 0, result.stderr

@@ -98,7 +98,7 @@ TAMPERED = [
     (PERFORMANCE, log(result_samples_per_second=10**400), "has no result_samples_per_second"),
     (TEST01, log(result_samples_per_second={"a": 1}), "has no result_samples_per_second"),
     (TEST01, log(result_samples_per_second=-100), "is not within 10%"),
-    (PERFORMANCE, entry(key="a", value=1, metadata="none"), "whose metadata is not an object"),
+    (PERFORMANCE, entry(key="a", value=1, metadata="none"), "is damaged"),
     (PERFORMANCE, entry(key="a", value=1, metadata={"is_error": "yes"}), "LoadGen logged 1 errors"),
     # Names and kinds.
     (SYSTEM, lambda path: path.with_name("a\ntree: no faults").touch(), r"a\ntree: no faults: has a space"),
@@ -116,9 +116,10 @@ def test_a_tampered_file_is_one_fault(tree, path, change, words):
     assert faults[0].isprintable() and len(faults[0]) < 2000
 
 
-def test_an_entry_whose_key_is_not_a_text_is_ignored(tree):
+def test_an_entry_whose_key_is_not_a_text_is_damage(tree):
     entry(key=["a"], value=1)(tree / PERFORMANCE)
-    assert check(str(tree)) == []
+    (fault,) = check(str(tree))
+    assert "mlperf_log_detail.txt: line " in fault and "is damaged" in fault
 
 
 def test_a_complete_log_with_its_hash_has_no_fault(tree):
