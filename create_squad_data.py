@@ -151,7 +151,7 @@ def clean(character: str) -> str:
     """Return what a character of a text becomes before the text is split at white space.
 
     Control and format characters are dropped (tokenization.py, _clean_text), white space becomes a space, and a Chinese
-    character becomes a word of its own (_tokenize_chinese_chars).
+    character becomes a separate word (_tokenize_chinese_chars).
     """
     category = unicodedata.category(character)
     if character in "\t\n\r" or category == "Zs":
@@ -165,7 +165,7 @@ def clean(character: str) -> str:
 def split_off(character: str) -> str:
     """Return what a character of a lower-cased, decomposed word becomes.
 
-    Accents are dropped (tokenization.py, _run_strip_accents), and each punctuation character becomes a token of its own
+    Accents are dropped (tokenization.py, _run_strip_accents), and each punctuation character becomes a separate token
     (_run_split_on_punc).
     """
     category = unicodedata.category(character)

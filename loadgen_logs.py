@@ -26,6 +26,7 @@ ACCURACY_LOG, TRACE_LOG = "mlperf_log_accuracy.json", "mlperf_log_trace.json"
 # How each log ends if LoadGen could write all of it.
 LOG_ENDS = {DETAIL_LOG: b"}}\n", SUMMARY_LOG: b".\n", ACCURACY_LOG: b"]\n", TRACE_LOG: b"}\n"}
 RECORD = "record.json"
+OUR_FILES = re.compile(r"mlperf_log_.*|record\.json|report\.html|report-.*\.png")  # LoadGen's and ours in a log folder
 EARLIER = "earlier"  # the folder in a log folder that keeps the logs of earlier runs
 NOT_FINITE = re.compile(r'(?<="value": )-?(inf|nan)(?=[,}])')  # as LoadGen writes such a value, which is not JSON
 JSON_NAMES = {"inf": "Infinity", "-inf": "-Infinity"}  # as Python's json module reads it
@@ -72,7 +73,7 @@ def prepare_log_folder(folder: str) -> None:
     """
     lock_folder(folder, "run.py", remedy="set LOG_PATH to another folder")
     try:
-        old = [name for name in os.listdir(folder) if name.startswith(("mlperf_log_", "report")) or name == RECORD]
+        old = [name for name in os.listdir(folder) if OUR_FILES.fullmatch(name)]
         if old:
             when = max(os.path.getmtime(os.path.join(folder, name)) for name in old)
             name = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))

@@ -11,7 +11,7 @@ The response is float32 (tokens, 2): the start and end logit of every token.
 
 A request may carry the header X-LoadGen-Request: an id without spaces, a space, and the CRC-32 of its body in 8
 hexadecimal digits. The server then refuses a damaged body, and its response has the same header with the same id and
-the CRC-32 of its own body. A client that checks it takes no response that belongs to another request or was damaged on
+the CRC-32 of its body. A client that checks it takes no response that belongs to another request or was damaged on
 its way.
 """
 

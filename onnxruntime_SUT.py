@@ -64,10 +64,8 @@ def check_provider(wanted: str, found: str) -> None:
         return
     folder = os.path.join(os.path.dirname(onnxruntime.__file__), "capi")
     try:
-        for kind in (
-            "shared",
-            {CUDA: "cuda", TENSORRT: "tensorrt"}.get(wanted, "shared"),
-        ):  # the second needs the first
+        own = {CUDA: "cuda", TENSORRT: "tensorrt"}.get(wanted, "shared")
+        for kind in ("shared", own):  # the second needs the first
             ctypes.CDLL(os.path.join(folder, f"libonnxruntime_providers_{kind}.so"), ctypes.RTLD_GLOBAL)
         driver = next((f"the driver is for CUDA {gpu.cuda}" for gpu in gpus.find_gpus()), "no GPU is visible")
         reason = f"its libraries can be loaded, but {driver}"

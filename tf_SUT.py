@@ -122,7 +122,7 @@ class TensorFlowBackend(GraphBackend):
         self.model_path = path = config.model_path("tf", options.dtype)
         gpu = config.use_gpu() and bool(tf.config.list_physical_devices("GPU"))
         if not gpu:
-            remedy = "install requirements/tf-gpu.txt in an environment of its own (docs/gpu.md)"
+            remedy = "install requirements/tf-gpu.txt in a separate environment (docs/gpu.md)"
             gpus.notice_unused("TensorFlow", tf.sysconfig.get_build_info().get("cuda_version"), remedy)
         tf.config.experimental.enable_tensor_float_32_execution(False)  # the products are said to be in fp32
         intra = config.thread_limit("TF_INTRA_OP_PARALLELISM_THREADS")

@@ -54,7 +54,7 @@ def one_line(path: str, fault: str, line: Callable[[BaseException], str] = confi
         yield
     except (UserError, ImportError):
         raise
-    except Exception as error:  # each library has types of its own for each kind of damage
+    except Exception as error:  # each library has other types of exceptions for damage
         raise UserError(f"{path}: {config.out_of_memory(error) or f'{fault} ({line(error)}); {REMEDY}'}") from None
 
 

@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]  # {name of a weight: shape}
 INDEX = ".index.json"
 WEIGHT_FILES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX))
 CONFIG_FILES = ("config.json", "bert_config.json")  # Hugging Face's name and Google's
-NAMED = "under a name of its own; name that file"
+NAMED = "under another name than usual; name that file"
 # Other files that a folder may hold instead, by pattern.
 OTHER_FILES = {
     "adapter_*": "an adapter, which needs its base model; merge the two with PEFT's merge_and_unload",

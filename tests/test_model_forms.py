@@ -250,7 +250,7 @@ REFUSED = {
     "Keras by name": (folder_with(lambda folder: (folder / "m").write_bytes(b"\x89HDF\r\n\x1a\n"), name="m"), "HDF5"),
     "Flax": (touched("flax_model.msgpack"), "flax_model.msgpack, weights for Flax"),
     "ONNX": (touched("model.onnx"), "name the file, and --backend=onnxruntime or openvino"),
-    "a variant": (touched("model.fp16.safetensors"), "model.fp16.safetensors, under a name of its own"),
+    "a variant": (touched("model.fp16.safetensors"), "model.fp16.safetensors, under another name than usual"),
     "no weights": (touched("README.md"), "model.safetensors: no such model file"),
     "a Git LFS pointer": (text_file(POINTER), "model.safetensors: a Git LFS pointer"),
     "a Git LFS pointer of the configuration": (

@@ -74,7 +74,7 @@ KINDS = [
 BOMB = gzip.compress(bytes(10**8))
 
 
-# Asks /getname/ until its standard input ends; prints the longest time in seconds. It is a process of its own, because
+# Asks /getname/ until its standard input ends; prints the longest time in seconds. It is a separate process, because
 # Python's threads would delay it.
 HEALTH = """
 import select, sys, time, urllib.request

@@ -17,7 +17,7 @@ from backends import Backend
 if not importlib.util.find_spec("ray"):
     pytest.skip("the package ray is absent", allow_module_level=True)
 
-# The driver, in a process of its own, on a local cluster that is told to have a GPU.
+# The driver, in a separate process, on a local cluster that is told to have a GPU.
 SCRIPT = f"""\
 import os, sys, threading
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]

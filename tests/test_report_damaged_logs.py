@@ -386,7 +386,7 @@ def test_no_damage_to_a_file_stops_the_page(tmp_path, data, name):
 
 
 def make_page(folder, out):
-    """Read a run and fill the template; only a UserError may be raised. The charts have tests of their own."""
+    """Read a run and fill the template; only a UserError may be raised. Other tests draw the charts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tools.report.page.draw_run", lambda *_: [])
         patch.setattr("tools.report.page.draw_published", lambda *_: [])

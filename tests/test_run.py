@@ -32,6 +32,9 @@ RESPONSES = [
 ]
 
 
+USERS = (("notes.txt", "mine"), ("report.csv", "mine"), ("reports.csv", "mine"))  # files of a user in a log folder
+
+
 @pytest.fixture
 def run(script, tmp_path):
     """Return a function that runs run.py with a user.conf of short runs."""
@@ -162,15 +165,15 @@ def test_the_logs_of_earlier_runs_stay_in_the_log_folder(tmp_path, monkeypatch):
     logs = tmp_path / "logs"
     logs.mkdir()
     for text in ("first", "second"):
-        for name, content in (("mlperf_log_detail.txt", text), ("record.json", "{}"), ("notes.txt", "mine")):
+        for name, content in (("mlperf_log_detail.txt", text), ("record.json", "{}"), ("report.html", "page"), *USERS):
             (logs / name).write_text(content)
             os.utime(logs / name, (1_000_000, 1_000_000))
         prepare_log_folder(str(logs))
-        assert {path.name for path in logs.iterdir()} == {"earlier", "notes.txt"}
+        assert {path.name for path in logs.iterdir()} == {"earlier", *dict(USERS)}
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
     found = sorted((logs / "earlier").iterdir())
     assert [(path / "mlperf_log_detail.txt").read_text() for path in found] == ["first", "second"]
-    assert all((path / "record.json").exists() and not (path / "notes.txt").exists() for path in found)
+    assert all((path / "record.json").exists() and not (path / "reports.csv").exists() for path in found)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ make gpu_check                                   BERT-Large with random weights,
 make gpu_check ARGS=--dry                        on the CPU, with the demo's tiny model: tries this command, not a GPU
 python3 -m tools.gpu_check --table result.json   print the table of a saved result
 
-Each part runs in a process of its own with a time limit, so that a fault in one part leaves the others alone: an error
+Each part runs in a separate process with a time limit, so that a fault in one does not affect the others: an error
 of a CUDA kernel makes the whole process useless. All results are in build/gpu_check.
 """
 
@@ -228,7 +228,7 @@ def work(pipe: Connection, function: Callable[..., Values], args: tuple[Any, ...
 
 
 def run_part(function: Callable[..., Values], args: tuple[Any, ...], limit_s: float) -> Values:
-    """Return what `function(*args)` returns in a process of its own within `limit_s`, or {"error": why not}."""
+    """Return what `function(*args)` returns in a separate process within `limit_s`, or {"error": why not}."""
     if limit_s <= 0:
         return {"error": f"left out, because all parts together may take {TOTAL_S} s"}
     context = multiprocessing.get_context("forkserver")  # its processes have torch imported and no CUDA context

@@ -168,7 +168,7 @@ def read_sections(
 
 
 def printable(value: Any) -> Any:
-    """Return what the page shows of a value: foreign text only as far as it can be shown; HTML is a type of its own."""
+    """Return what the page shows of a value: foreign text only as far as it can be shown; HTML is a separate type."""
     return clean(value) if type(value) is str else value
 
 
