@@ -1,5 +1,6 @@
 """The fixtures that several test modules use; helpers.py has the functions."""
 
+import os
 import sys
 from collections import Counter
 from functools import partial
@@ -10,6 +11,10 @@ from helpers import DEMO_ENV, SHARED, main_of, random_bert, run_script
 
 from backends import RunOptions, load_backend
 from config import UserError
+
+# OpenMP's threads spin while they wait. Two workers share the cores, so spinning threads of one take them from the
+# other: a SingleStream run of the demo took 66 s of processor time beside other tests, and 7 s without spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items):

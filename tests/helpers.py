@@ -23,6 +23,7 @@ DEMO_ENV = {
     "VOCAB_FILE": str(ROOT / "demo/model/vocab.txt"),
     "DATASET_FILE": str(ROOT / "demo/dev.json"),
 }
+DEMO_ONNX = str(ROOT / "demo/model/model.onnx")
 # Every backend answers in a test within seconds, on a busy machine in a minute; a command that hangs fails here.
 LIMIT_S = 300
 # What the submission's example plan leaves open, and the demo's files.
@@ -56,7 +57,8 @@ def command_of(name, *args, **variables):
 
     It runs on the demo's files. `variables` are environment variables; one given as None is unset.
     """
-    env = {**os.environ, **DEMO_ENV, **variables}
+    model = {"ML_MODEL_FILE_WITH_PATH": DEMO_ONNX} if "--backend=onnxruntime" in args else {}
+    env = {**os.environ, **DEMO_ENV, **model, **variables}
     script = [ROOT / name]
     if not str(name).endswith(".py"):
         script = ["-m", name]
