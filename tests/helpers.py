@@ -57,7 +57,11 @@ def command_of(name, *args, **variables):
 
     It runs on the demo's files. `variables` are environment variables; one given as None is unset.
     """
-    model = {"ML_MODEL_FILE_WITH_PATH": DEMO_ONNX} if "--backend=onnxruntime" in args else {}
+    model = (
+        {"ML_MODEL_FILE_WITH_PATH": DEMO_ONNX}
+        if {"--backend=onnxruntime", "--backend=ray:onnxruntime"} & {*args}
+        else {}
+    )
     env = {**os.environ, **DEMO_ENV, **model, **variables}
     script = [ROOT / name]
     if not str(name).endswith(".py"):

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import pytest
+from graph_changes import static_int8
 from helpers import predict, random_batch, refused
 
 import onnxruntime_SUT
@@ -91,8 +92,11 @@ def test_on_cuda_the_name_has_the_gpu_and_fp32_has_no_tf32(load, tiny, cuda):
     assert backend.batch_policy == "mixed" and backend.same_bytes in (True, False)
 
 
-def test_int8_on_cuda_is_a_notice(load, demo_models, cuda, caplog):
-    load(demo_models["int8"], dtype="int8")
+def test_int8_on_cuda_is_a_notice(load, tiny, cuda, caplog, tmp_path):
+    model = onnx.load(tiny.folder / "model.onnx")
+    static_int8(model, tmp_path)
+    onnx.save(model, tmp_path / "int8.onnx")
+    load(tmp_path / "int8.onnx", dtype="int8")
     assert f"int8 gains nothing in {CUDA}" in caplog.text and "--dtype=fp16" in caplog.text
 
 

@@ -200,10 +200,10 @@ def test_doubtful_input_is_used_with_a_notice(script, tmp_path, what, words, com
     assert any(all(word in line for word in words) for line in notices), result.stderr
 
 
-def test_an_unknown_execution_provider_is_a_notice(script, tmp_path, demo_models):
+def test_an_unknown_execution_provider_is_a_notice(script, tmp_path):
     (tmp_path / "user.conf").write_text(SHORT_RUNS)
     variables = {"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": "RocketExecutionProvider", "USE_GPU": ""}
     flags = ("--backend=onnxruntime", "--accuracy", "--max_examples=4")
-    result = script("run.py", *flags, ML_MODEL_FILE_WITH_PATH=demo_models["onnxruntime"], **variables)
+    result = script("run.py", *flags, **variables)
     assert result.returncode == 0, result.stderr
     assert any(" notice: " in line and "RocketExecutionProvider" in line for line in result.stderr.splitlines())
