@@ -6,7 +6,6 @@ the kernels, streams and graphs; `make gpu_check` checks and measures it on a GP
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
@@ -31,7 +31,6 @@ GRAPH_TOKENS = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)
 GRAPH_SAMPLES = 16
 MOVES = ("out", "qkv"), ("down", "up")  # see `move_bias`: the layers whose bias moves, and those that take it away
 FLASH = (8, 0)  # the lowest compute capability of FlashAttention and of bf16
-
 
 Weights = dict[str, Tensor]  # by Hugging Face's names, fp32
 
@@ -221,18 +220,12 @@ class CudaBerts:
 
 def batch_tokens() -> int:
     """Return the default limit of a batch in tokens, for the visible GPU with the fewest multiprocessors."""
-    properties = map(torch.cuda.get_device_properties, devices())
-    return TOKENS_PER_MULTIPROCESSOR * int(min(device.multi_processor_count for device in properties))
+    counts = (torch.cuda.get_device_properties(device).multi_processor_count for device in devices())
+    return TOKENS_PER_MULTIPROCESSOR * int(min(counts))
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Return the operations/s of the product of two matrices of `size` rows and columns; best of five."""
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):  # the first loads the kernel
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        x @ y
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
+    timer = Timer("x @ y", globals={"x": x, "y": y})  # waits for the GPU
+    return 2 * size**3 / float(min(timer.timeit(1).mean for _ in range(5)))
