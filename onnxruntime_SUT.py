@@ -14,10 +14,11 @@ from backends import BATCH_TOKENS, RunOptions
 from batching import MIN_VOCAB, check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from files import atomic_write, file_digest, require_model_file
+from files import atomic_write, require_model_file
 from models import gpus
 from models.graph_backend import GraphBackend
 from models.graph_files import Graph, GraphSignature, GraphTensor, one_line, read_onnx_graph, read_signature
+from models.model_files import model_files
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 SHORTEST = 8  # tokens of a sample, at least; TensorRT's engines are for batches of at most this many tokens a sample
@@ -74,11 +75,16 @@ def check_provider(wanted: str, found: str) -> None:
     raise UserError(f"{wanted} cannot run, ONNX Runtime took {found} ({reason}); {GPU_PACKAGES}, or set USE_GPU=0")
 
 
+def fp16_path(path: str) -> str:
+    """Return where the fp16 copy of the model `path` is stored, which depends on all that it is made from."""
+    return os.path.join(config.CACHE_DIR, f"fp16-{model_files(path).digest()[:16]}-{onnxruntime.__version__}.onnx")
+
+
 def fp16_model(path: str) -> str:
     """Return the path of a copy of the fp32 model `path` in fp16, which ONNX Runtime's optimizer makes once."""
     from onnxruntime.transformers.optimizer import optimize_model
 
-    target = os.path.join(config.CACHE_DIR, f"fp16-{file_digest(path)[:16]}.onnx")
+    target = fp16_path(path)
     if not os.path.exists(target):
         config.log_progress(f"writing {target}")
         logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)

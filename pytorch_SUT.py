@@ -77,6 +77,7 @@ class PyTorchBackend(Backend):
         if self.device.type == "cpu" and not cpu_runs(dtype):
             config.notice(f"this processor has no {dtype} instructions; running in fp32")
             dtype = "fp32"
+        self.dtype = dtype
         self.gpu = gpus.describe(gpus.find_gpus()) if self.device.type == "cuda" else None
         self.name = f"PyTorch {torch.__version__}, {self.gpu or 'cpu'}, {dtype}"
         self.bert: Callable[[Batch], Tensor]
@@ -127,6 +128,7 @@ class PyTorchReference(Backend):
     """Run the baseline, as the MLPerf reference does: Hugging Face's BERT in fp32, batch size 1, padded to 384."""
 
     batch_policy = "single"
+    dtype = "fp32"
 
     def __init__(self, options: RunOptions) -> None:
         try:

@@ -13,8 +13,11 @@ import create_squad_data
 from create_squad_data import load_features
 
 pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+import onnxruntime
 import torch
 
+import onnxruntime_SUT
 from convert import calibration
 from convert.calibration import ranges_key
 from tools import benchmark
@@ -170,6 +173,14 @@ STORED = {
     "features": (features_key, FEATURES),
     "int8 ranges": (int8_key, RANGES),
     "a submission's run": (run_folder(), SUBMISSION),
+    "the fp16 copy of an ONNX file": (
+        lambda folder: onnxruntime_SUT.fp16_path("model.onnx"),
+        {
+            "the file": write("model.onnx"),
+            "its second file": write("weights"),
+            "ONNX Runtime": set_value(onnxruntime, "__version__", "0.0"),
+        },
+    ),
     "a submission's run of a file": (
         run_folder(model="model.onnx"),
         {
