@@ -129,12 +129,15 @@ def main() -> None:
     """Quantize the file that the command line names."""
     calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
     parser = config.argument_parser(__doc__)
-    parser.add_argument("--onnx", default=config.ONNX_MODEL, help="the fp32 model (default: %(default)s)")
+    parser.add_argument(
+        "--onnx", default=config.ONNX_MODEL, help="the fp32 model, also hf://ORG/NAME/FILE (default: %(default)s)"
+    )
     parser.add_argument("--out", default=config.ONNX_INT8_MODEL, help="default: %(default)s")
     parser.add_argument("--dataset", help=f"SQuAD v1.1 JSON file {config.DATASET_DEFAULT}")
     parser.add_argument("--vocab_file", help=f"BERT's vocab.txt {config.VOCAB_DEFAULT}")
     parser.add_argument("--calibration", default=calibration, help="default: %(default)s")
     args = parser.parse_args()
+    args.onnx = config.local_model(args.onnx)
     require_different_files(args.out, args.onnx)
     require_replaceable(args.out, "an ONNX model", "give another --out")
     squad, features = load_features(*config.dataset_files(args.dataset, args.vocab_file))
