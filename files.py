@@ -102,6 +102,18 @@ def require_model_file(path: str) -> None:
         raise UserError(f"{path}: cannot read it ({error.strerror}); correct its permissions") from None
 
 
+def require_utf8(path: str) -> None:
+    """Raise UserError if the name `path` cannot be given to a library that takes names in UTF-8 only.
+
+    In a locale of ASCII, Python reads all other characters of a name as bytes that are not Unicode.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        name = f"{printable(path)}: this name is not UTF-8, or the locale is not"
+        raise UserError(f"{name}; rename it, or set LC_ALL=C.UTF-8") from None
+
+
 def file_digest(path: str, algorithm: str = "sha256", *more: str) -> str:
     """Return the digest of a file in hexadecimal, or of several as if they were one. Raises UserError."""
     digest = hashlib.new(algorithm, usedforsecurity=False)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import config
 from config import SCENARIOS, UserError, log_progress
-from files import read_text
+from files import read_text, require_utf8
 
 MODEL, ANY = "bert", "*"  # LoadGen applies the lines of these models of user.conf; of an audit file, only those of "*"
 AUDIT_FILES = ("audit.conf", "audit.config")  # run.py's default, and MLCommons' name
@@ -168,6 +168,7 @@ def apply_conf(settings: Any, path: str, model: str, kind: int) -> None:
     the last. A notice names a line that is replaced although it is not more general than the other. Raises UserError
     unless `settings` then hold what the lines ask for.
     """
+    require_utf8(path)
     scenario = settings.scenario.name
     lines = check_conf(path, model, settings.mode.name == "AccuracyOnly")
     if settings.FromConfig(path, model, scenario, kind):

@@ -8,9 +8,7 @@ LOG_FOLDER is from run.py or another harness under LoadGen, or contains such fol
 detail log, the charts from its trace. `make venv BACKEND=report` installs what the command needs.
 """
 
-import io
 import os
-import sys
 
 import config
 from loadgen_logs import DETAIL_LOG
@@ -33,10 +31,7 @@ def main() -> None:
     one = len(args.folders) == 1 and os.path.exists(os.path.join(args.folders[0], DETAIL_LOG))
     out = args.out or (args.folders[0] if one else several)
     given, form = (args.val_data, args.vocab_file), (args.output_dtype, args.output_transposed)
-    path = write_report(args.folders, out, given, form)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # the path may have bytes that are not UTF-8
-    print(path)
+    print(write_report(args.folders, out, given, form))
 
 
 if __name__ == "__main__":
