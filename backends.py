@@ -43,7 +43,7 @@ class RunOptions:
     batch_tokens: int | None = None
     profile: bool = False
     user_conf: str = "user.conf"
-    audit_conf: str = "audit.conf"
+    audit_conf: str | None = None  # None: either of loadgen_conf.AUDIT_FILES if it exists
     network: str | None = None
     node: str = ""
     host: str = "localhost"

@@ -198,8 +198,8 @@ def use_gpu() -> bool:
     return os.environ.get("USE_GPU", "").strip().lower() not in ("0", "false", "off", "no")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type's name if it has no message."""
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of an exception's message or of a text, or the type's name if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -9,8 +9,10 @@ detail log, the charts from its trace. `make venv BACKEND=report` installs what 
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import config
+from files import locked_folder
 from loadgen_logs import DETAIL_LOG
 from squad_eval import DTYPES
 from tools.report.page import write_report
@@ -31,7 +33,12 @@ def main() -> None:
     one = len(args.folders) == 1 and os.path.exists(os.path.join(args.folders[0], DETAIL_LOG))
     out = args.out or (args.folders[0] if one else several)
     given, form = (args.val_data, args.vocab_file), (args.output_dtype, args.output_transposed)
-    print(write_report(args.folders, out, given, form))
+    lock: AbstractContextManager[None] = nullcontext()
+    if out not in args.folders:  # else a run may have the lock of its log folder, and the files are of this folder only
+        lock = locked_folder(out, "tools.report", wait=True, remedy="name another folder with --out")
+    with lock:
+        path = write_report(args.folders, out, given, form)
+    print(path)
 
 
 if __name__ == "__main__":
