@@ -14,7 +14,7 @@ from backends import BATCH_TOKENS, RunOptions
 from batching import MIN_VOCAB, check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from files import atomic_write, require_model_file
+from files import atomic_write, require_model_file, require_utf8
 from models import gpus
 from models.graph_backend import GraphBackend
 from models.graph_files import Graph, GraphSignature, GraphTensor, one_line, read_onnx_graph, read_signature
@@ -112,6 +112,7 @@ class OnnxModel:
 
     def __init__(self, path: str, name: str, options: RunOptions) -> None:
         require_model_file(path)
+        require_utf8(path)
         use = providers()
         graph = read_onnx_graph(path)
         signature = graph and read_signature(name, graph, options.reference)

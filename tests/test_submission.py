@@ -327,6 +327,9 @@ def test_a_tree_needs_the_git_repository_of_its_source(tmp_path, monkeypatch):
     monkeypatch.setattr(tree, "ROOT", str(tmp_path))
     with refused(str(tmp_path), "git repository"):
         tree.copy_source(str(tmp_path / "src"))
+    monkeypatch.setenv("PATH", "")
+    with refused(str(tmp_path), "git: No such file or directory"):
+        tree.tracked_files()
 
 
 # TEST01.

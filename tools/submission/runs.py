@@ -114,7 +114,7 @@ def execute(command: list[str], env: dict[str, str], log: str) -> tuple[str, int
     """Run `command` with its output into the file `log` and its progress logged; return (last line, exit status)."""
     line, pipe = "", subprocess.PIPE
     with open(log, "w", buffering=1, encoding="utf-8") as file:
-        process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace")
         assert process.stdout  # a pipe
         try:
             for line in process.stdout:
