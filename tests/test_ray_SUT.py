@@ -289,7 +289,7 @@ def test_actors_run_another_backend(driver, monkeypatch):
     options, batch = RunOptions(backend="ray:onnxruntime"), random_batch(20, vocab_size=2400)
     backend = driver.RayBackend("onnxruntime", OnnxRuntimeBackend, options)
     assert re.search(r"Ray .*: ONNX Runtime", backend.name)
-    assert (backend.model_path, backend.dtype) == (demo_models["onnxruntime"], "fp32")  # for the run's record
+    assert (backend.model_path, backend.dtype) == (DEMO_ONNX, "fp32")  # for the run's record
     assert backend.predict(batch).tobytes() == OnnxRuntimeBackend(options).predict(batch).tobytes()
 
 
