@@ -59,6 +59,20 @@ def with_keys(*keys: str) -> Recognizer:
     return json_object(lambda value: value.keys() >= set(keys))
 
 
+def is_answers(path: str) -> bool:
+    """Tell whether a file holds answers: as `write_json` lays them out, or with SQuAD's question ids as keys.
+
+    A JSON object of strings alone may be anything, such as a user's settings.
+    """
+    ours = starts(rb'\{(\n "|\})')(path)
+
+    def check(answers: dict[str, Any]) -> bool:
+        known = ours or all(re.fullmatch(r"[0-9a-f]{24}", key) for key in answers)
+        return known and all(isinstance(answer, str) for answer in answers.values())
+
+    return json_object(check)(path)
+
+
 # The caches that commands name themselves, by a digest. They are made again, whatever damaged them.
 CACHE_NAME = re.compile(r"(features|int8)-[0-9a-f]{16}\.npz")
 # In a zip file, the first member's name begins at byte 30.
@@ -76,7 +90,7 @@ KINDS: dict[str, Recognizer] = {
     "a vocabulary of BERT": starts(rb"\[PAD\]\r?\n"),
     "a configuration of BERT": with_keys("hidden_size", "num_hidden_layers"),
     "a SQuAD file": with_keys("version", "data"),
-    "a file of answers": json_object(lambda value: all(isinstance(answer, str) for answer in value.values())),
+    "a file of answers": is_answers,
     "a run's record": with_keys("started", "command", "backend"),
     "a run's inputs": with_keys("args", "model"),
     "a report": starts(rb"<!DOCTYPE html>.*BERT on SQuAD under LoadGen</title>"),
