@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from files import file_digest, read_json, require_model_file, require_replaceable, write_json
+from files import KINDS, file_digest, read_json, require_model_file, require_replaceable, write_json
 from models.state_dicts import WORDS, read_tensors
 
 if TYPE_CHECKING:  # only `read_weights` imports PyTorch; the other functions work without it
@@ -85,7 +85,7 @@ class ModelFiles(NamedTuple):
 
     config_file: str  # BERT's configuration
     weights: str  # the weights, the index of their shards, or a graph
-    parts: tuple[str, ...] = ()  # the shards, or the files of an ONNX file's external data
+    parts: tuple[str, ...] = ()  # the shards, the files of an ONNX file's external data, or the .bin of an .xml file
 
     def digest(self, algorithm: str = "sha256") -> str:
         """Return the digest of the weights; shards count as one file, in the order of their names. Raises UserError."""
@@ -107,8 +107,10 @@ def model_files(model: str) -> ModelFiles:
     parts: Iterable[str] = ()
     if weights.endswith(INDEX):
         parts = sorted(set(read_index(weights).values()))
-    elif weights.endswith(".onnx"):
+    elif weights.endswith(".onnx") or os.path.isfile(weights) and KINDS["an ONNX model"](weights):
         parts = external_data(weights)
+    elif weights.endswith(".xml") and os.path.isfile(f"{weights[:-4]}.bin"):  # OpenVINO's
+        parts = [f"{os.path.basename(weights)[:-4]}.bin"]
     place = os.path.dirname(weights)
     return ModelFiles(config_files[0], weights, tuple(os.path.join(place, name) for name in parts))
 

@@ -1,5 +1,7 @@
 """ONNX Runtime on GPUs, as far as it shows without one: silent fallback, provider options, fp16, notices, the name."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -109,14 +111,17 @@ def test_tensorrt_has_cuda_behind_it_engines_for_every_batch_and_a_cache(machine
     inputs = tuple(GraphTensor(name, "int64", (None, None)) for name in ("a", "b", "c"))
     signature = GraphSignature(inputs, ("x", "y"), None, None, None, "fp32", False)
     options = RunOptions(dtype="fp16", batch_tokens=batch_tokens)
-    found, cuda, cpu = onnxruntime_SUT.provider_options(use, signature, options)
+    Path("model.onnx").write_text("a model")
+    found, cuda, cpu = onnxruntime_SUT.provider_options(use, "model.onnx", signature, options)
     assert found["trt_profile_min_shapes"] == "a:1x1,b:1x1,c:1x1"
     assert found["trt_profile_max_shapes"] == f"a:{most}x384,b:{most}x384,c:{most}x384"
     assert found["trt_profile_opt_shapes"] == "a:{0}x192,b:{0}x192,c:{0}x192".format(min(8, most))
-    assert (found["trt_engine_cache_enable"], found["trt_engine_cache_path"]) == ("1", "build/cache/tensorrt")
+    assert (found["trt_engine_cache_enable"], found["trt_timing_cache_enable"]) == ("1", "1")
+    engines = f"build/cache/tensorrt/{onnxruntime_SUT.cache_name('model.onnx')}"
+    assert found["trt_engine_cache_path"] == engines and Path(engines).is_dir()
     assert (found["trt_fp16_enable"], cuda["use_tf32"], cpu) == ("1", "0", {})
     fixed = GraphSignature(inputs, ("x", "y"), 1, 384, None, "fp32", False)
-    assert not any("profile" in name for name in onnxruntime_SUT.provider_options(use, fixed, options)[0])
+    assert not any("profile" in name for name in onnxruntime_SUT.provider_options(use, "model.onnx", fixed, options)[0])
 
 
 def test_fp16_is_a_copy_that_onnx_runtimes_optimizer_makes_once(load, tiny, tmp_path, monkeypatch):

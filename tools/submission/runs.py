@@ -33,7 +33,7 @@ def file_hashes(path: str) -> dict[str, str]:
     """Return {name: sha256} of a model: of the files in its folder, or of a file, its parts and its configuration."""
     path = config.local_model(path)
     folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
-    parts = map(os.path.basename, model_files(path).parts if name else ())
+    parts = (os.path.relpath(part, folder or ".") for part in (model_files(path).parts if name else ()))
     names = [name, *parts, *CONFIG_FILES] if name else sorted(os.listdir(folder))
     return {name: file_digest(file) for name in names if os.path.isfile(file := os.path.join(folder, name))}
 
