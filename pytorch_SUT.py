@@ -5,7 +5,6 @@ packed_bert.py computes them on a CPU, cuda_bert.py on GPUs.
 
 import os
 import platform
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -80,7 +79,7 @@ class PyTorchBackend(Backend):
         self.dtype = dtype
         self.gpu = gpus.describe(gpus.find_gpus()) if self.device.type == "cuda" else None
         self.name = f"PyTorch {torch.__version__}, {self.gpu or 'cpu'}, {dtype}"
-        self.bert: Callable[[Batch], Tensor]
+        self.bert: Bert | cuda_bert.CudaBerts
         with torch.inference_mode():
             if self.gpu:
                 self._load_on_gpus(options, bert_config, weights)

@@ -144,7 +144,7 @@ class Bert:
         names = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
         self.words, self.positions, self.types = (weights.pop(name).to(device, dtype, copy=True) for name in names)
         self.embedding_norm = pair("bert.embeddings.LayerNorm")
-        self.layers = []
+        self.layers: list[tuple[Any, ...]] = []  # query, key and value; output; its norm; up; down; its norm
         scale = (bert_config["hidden_size"] / self.heads) ** -0.5  # of attention, once instead of on every score
         for layer in range(bert_config["num_hidden_layers"]):
             prefix = f"bert.encoder.layer.{layer}"
