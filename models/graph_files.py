@@ -373,13 +373,15 @@ def read_signature(path: str, graph: Graph, reference: bool) -> GraphSignature:
     if not {tensor.dtype for tensor in inputs} <= {"int32", "int64"}:
         raise UserError(f"{path}: the inputs are {describe(inputs)}, expected int64 or int32; {REMEDY}")
     batch_size, length = graph_shape(path, [tensor.shape for tensor in inputs], reference)
-    reader = GraphReader(graph)
-    words, masks, segments = (reader.table_rows(tensor.name) for tensor in inputs)
-    if masks and not segments:
-        names = f"{inputs[1].name} and {inputs[2].name}"
-        raise UserError(f"{path}: {names} are swapped, the mask selects from a table; export the model again")
-    if segments == 1:
-        fault = f"the table of {inputs[2].name} has 1 row (type_vocab_size 1), questions and passages need 2"
-        raise UserError(f"{path}: {fault}; give a BERT that was trained with segments")
-    outputs = find_outputs(path, reader)
-    return GraphSignature(inputs, outputs, batch_size, length, words, reader.dtype(), reader.depends_on_batch())
+    with one_line(path, "its graph is damaged"):
+        reader = GraphReader(graph)
+        words, masks, segments = (reader.table_rows(tensor.name) for tensor in inputs)
+        if masks and not (words and segments):
+            names = f"{inputs[1].name} and {inputs[2 if words else 0].name}"
+            raise UserError(f"{path}: {names} are swapped, the mask selects from a table; export the model again")
+        if segments == 1:
+            fault = f"the table of {inputs[2].name} has 1 row (type_vocab_size 1), questions and passages need 2"
+            raise UserError(f"{path}: {fault}; give a BERT that was trained with segments")
+        outputs = find_outputs(path, reader)
+        dtype, depends_on_batch = reader.dtype(), reader.depends_on_batch()
+    return GraphSignature(inputs, outputs, batch_size, length, words, dtype, depends_on_batch)

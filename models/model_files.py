@@ -47,6 +47,7 @@ OTHER_FILES = {
 
 WIDTHS = ("hidden_size", "intermediate_size")
 COUNTS = ("num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings", "type_vocab_size")
+MAX_LAYERS = 1000  # the names of all weights are listed before the file is read; BERT-Large has 24 layers
 # Hugging Face's values for keys that a configuration may lack.
 DEFAULTS = {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
 # Values of other keys that this project's BERT computes. gelu_python is the same function as gelu; gelu_new and others
@@ -178,6 +179,8 @@ def read_config(path: str) -> dict[str, Any]:
     for name in WIDTHS + COUNTS:
         value = bert_config.get(name)
         require(type(value) is int and value > 0, f"{name} must be a whole number above 0, not {value!r}")
+    layers = bert_config["num_hidden_layers"]
+    require(layers <= MAX_LAYERS, f"num_hidden_layers {layers} is above {MAX_LAYERS}")
     epsilon = bert_config["layer_norm_eps"]
     require(isinstance(epsilon, float) and 0 < epsilon < 1, f"layer_norm_eps must be between 0 and 1, not {epsilon!r}")
     hidden, heads = bert_config["hidden_size"], bert_config["num_attention_heads"]
@@ -289,6 +292,9 @@ def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if odd := [name for name in shapes if not tensors[name].is_floating_point()]:
         dtype, remedy = tensors[odd[0]].dtype, "give the model before its quantization"
         raise UserError(f"{path}: {odd[0]} is {dtype}, not a floating-point type; {remedy}")
+    if odd := [name for name in shapes if str(tensors[name].layout) != "torch.strided" or tensors[name].is_meta]:
+        found_as = "without values (on the device meta)" if tensors[odd[0]].is_meta else str(tensors[odd[0]].layout)
+        raise UserError(f"{path}: {odd[0]} is {found_as}, not a dense tensor; save the model with dense tensors")
     weights = {name: tensors[name].detach().float() for name in shapes}
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:

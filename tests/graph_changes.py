@@ -223,14 +223,16 @@ def int8_weights(model, folder):
 
 def static_int8(model, folder):
     """Quantize the inputs of the products by constant scales."""
-    for name, value in (("scale", np.float32(8 / 127)), ("zero", np.int8(0))):
+    for name, value in (("static_scale", np.float32(8 / 127)), ("static_zero", np.int8(0))):
         model.graph.initializer.append(numpy_helper.from_array(value, name))
     for product in [node for node in model.graph.node if node.op_type == "MatMul" and ".kernel" in node.input[1]]:
         source, kernel = product.input
         place = list(model.graph.node).index(product)
         product.input[0] = f"{kernel}_fake"
-        model.graph.node.insert(place, node("DequantizeLinear", f"{kernel}_int8", "scale", "zero", f"{kernel}_fake"))
-        model.graph.node.insert(place, node("QuantizeLinear", source, "scale", "zero", f"{kernel}_int8"))
+        model.graph.node.insert(
+            place, node("DequantizeLinear", f"{kernel}_int8", "static_scale", "static_zero", f"{kernel}_fake")
+        )
+        model.graph.node.insert(place, node("QuantizeLinear", source, "static_scale", "static_zero", f"{kernel}_int8"))
 
 
 def dynamic_int8(model, folder):

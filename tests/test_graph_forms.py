@@ -30,10 +30,10 @@ GOOGLE = {START: "unstack:0", END: "unstack:1"}
 NUMBERS = {START: "318", END: "319"}
 MASK, SEGMENTS = "input_mask", "segment_ids"
 COLUMNS = [
-    constant("zero", 0),
-    constant("minus", -1),
-    node("Gather", "both", "zero", "start", axis=2),
-    node("Gather", "both", "minus", "end", axis=2),
+    constant("first", 0),
+    constant("last", -1),
+    node("Gather", "both", "first", "start", axis=2),
+    node("Gather", "both", "last", "end", axis=2),
 ]
 
 OUTPUTS = [
