@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import predict, random_batch, refused
+from helpers import DEMO_ENV, predict, random_batch, refused
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("onnx")
@@ -152,6 +152,20 @@ def test_variables_that_question_answering_does_not_use_are_skipped(tiny, stored
     assert f"39 variables used, {len(UNUSED[kind])} skipped" in caplog.text
     assert weights.keys() == tiny.weights.keys()
     assert all(np.array_equal(weights[name], tiny.weights[name]) for name in tiny.weights)
+
+
+@pytest.mark.parametrize("kind", ["BERTAdam", "LAMB", "a loss scale"])
+def test_a_graph_of_a_training_checkpoint_is_that_of_the_weights_alone(command, tmp_path, kind):
+    """The demo's, whose score test_run.py checks."""
+    bert_config, weights = read_weights(DEMO_ENV["ML_MODEL_FILE_WITH_PATH"])
+    weights = {name: tensor.numpy() for name, tensor in weights.items()}
+    write_checkpoint(str(tmp_path / "demo/model.ckpt"), bert_config, weights)
+    reader = tf.train.load_checkpoint(str(tmp_path / "demo/model.ckpt"))
+    trained = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()} | UNUSED[kind]
+    checkpoint = save(tmp_path / "model.ckpt", {**trained, "global_step": np.int64(3)})
+    command(freeze_tf, "--tf_checkpoint", checkpoint, "--bert_config", "demo/bert_config.json", "--out", "model.pb")
+    found = tf.compat.v1.GraphDef.FromString((tmp_path / "model.pb").read_bytes())
+    assert found == freeze_tf.build_graph(bert_config, weights)
 
 
 FOREIGN = "bert/encoder/layer_2/output/dense/bias"

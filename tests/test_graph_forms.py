@@ -6,7 +6,7 @@ refusal, or attributes of the backend, which must then give the tiny model's log
 
 import numpy as np
 import pytest
-from helpers import predict, random_batch, refused
+from helpers import FP16, INT8, refused
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -16,12 +16,9 @@ import onnx
 from graph_changes import constant, node, outputs, rename, replace_table, reverse, second_file, together
 from onnx import TensorProto
 
-from backends import RunOptions, load_backend
 from config import ONNX_INPUTS, UserError
 from models.graph_files import onnx_graph, parse_onnx, read_onnx_graph, read_signature
 
-# How far logits may be from the tiny model's, which are up to 2.5.
-EXACT, FP16, INT8 = 1e-4, 0.02, 0.5
 FLOAT, HALF, INT32, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32, TensorProto.INT64
 START, END = "output_start_logits", "output_end_logits"
 TWO, THREE = ["batch", "length"], ["batch", "length", 2]
@@ -154,41 +151,6 @@ FILES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def batch():
-    return random_batch(40, 7, 40, vocab_size=50)
-
-
-@pytest.fixture(scope="module")
-def expected(tiny, batch):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ML_MODEL_FILE_WITH_PATH", str(tiny.folder / "model"))
-        return predict(load_backend(RunOptions(backend="pytorch")), batch)
-
-
-@pytest.fixture
-def check(load, batch, expected, caplog):
-    """Return a function that asserts that a backend refuses a file, or runs it, as a row says."""
-
-    def call(path, backend, result):
-        if isinstance(result, list):
-            with refused(path.name, *result):
-                load(path, backend)
-            return
-        attributes = {"vocab_size": 60, "dtype": "fp32", "within": EXACT, "notice": ""} | result
-        loaded = load(path, backend)
-        logits = predict(loaded, batch)
-        assert logits.dtype == np.float32 and logits.shape == expected.shape
-        assert np.abs(logits - expected).max() < attributes.pop("within")
-        assert attributes.pop("notice") in caplog.text
-        if "batch_policy" in attributes and backend != "onnxruntime":
-            attributes["batch_policy"] = "single"  # as always on a CPU
-        assert {name: getattr(loaded, name) for name in attributes} == attributes
-        assert loaded.dtype in loaded.name.split(", ")
-
-    return call
-
-
 def marked(table):
     """Return the rows of a table as parameters; PyTorch's exports import much and are slow."""
     return [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] * row[0].startswith("PyTorch")) for row in table]
@@ -199,13 +161,13 @@ ONNX_FORMS = [row for table in (OUTPUTS, INPUTS, TABLES, DTYPES, FILES) for row 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("what, make, result", marked(ONNX_FORMS))
-def test_an_onnx_file_of_every_form(check, tiny, tmp_path, what, make, result, backend):
+def test_an_onnx_file_of_every_form(check_form, tiny, tmp_path, what, make, result, backend):
     (tmp_path / "tiny").symlink_to(tiny.folder)
     model = onnx.load(tiny.folder / "model.onnx")
     made = make(model, tmp_path)
     model = model if made is None else made
     (tmp_path / "m.onnx").write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
-    check(tmp_path / "m.onnx", backend, result)
+    check_form(tmp_path / "m.onnx", backend, result)
 
 
 def test_an_onnx_file_is_read_without_its_weights(tiny):

@@ -14,7 +14,7 @@ import signal
 
 import numpy as np
 import pytest
-from helpers import predict, random_batch, random_bert, samples
+from helpers import EXACT, FP16, INT8, predict, random_batch, random_bert, samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -145,7 +145,7 @@ def variants(base, tmp_path_factory):
     return onnx_variants(*base[:2], tmp_path_factory.mktemp("variants"))
 
 
-WITHIN = {"fp16": forms.FP16, "int8": forms.INT8}  # of the variants; the tables of forms have it of each form
+WITHIN = {"fp16": FP16, "int8": INT8}  # of the variants; the tables of forms have it of each form
 IN_PLACE = [row for row in forms.DTYPES if row[1] not in (graph_changes.fp16, graph_changes.dynamic_int8)]
 
 
@@ -161,8 +161,8 @@ def make_onnx(draw, variants):
         graph_changes.weights_are_inputs(model, None)
     results = [expected for _, _, expected in chosen]
     refusals = [expected for expected in results if isinstance(expected, list)]
-    within = [expected.get("within", forms.EXACT) for expected in results if expected not in refusals]
-    return model, max([WITHIN.get(variant, forms.EXACT), *within]), bool(refusals)
+    within = [expected.get("within", EXACT) for expected in results if expected not in refusals]
+    return model, max([WITHIN.get(variant, EXACT), *within]), bool(refusals)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

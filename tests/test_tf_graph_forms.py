@@ -7,18 +7,15 @@ tiny model's logits.
 
 import numpy as np
 import pytest
-from helpers import predict, random_batch, refused
+from helpers import FP16, INT8
 
 pytest.importorskip("tensorflow")
 import tensorflow as tf
 
 import tf_SUT
-from backends import RunOptions, load_backend
 from config import ONNX_INPUTS
 from convert.freeze_tf import write_graph
 
-BACKEND = "tf"  # of the fixture `load`
-FP16, INT8 = 0.02, 0.5  # how far logits may be from the tiny model's, which are up to 2.5
 MASK, SEGMENTS = "input_mask", "segment_ids"
 
 
@@ -239,20 +236,8 @@ FORMS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def batch():
-    return random_batch(40, 7, 40, vocab_size=50)
-
-
-@pytest.fixture(scope="module")
-def expected(tiny, batch):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ML_MODEL_FILE_WITH_PATH", str(tiny.folder / "model"))
-        return predict(load_backend(RunOptions(backend="pytorch")), batch)
-
-
 @pytest.mark.parametrize("what, make, result", FORMS, ids=[row[0] for row in FORMS])
-def test_a_graph_of_every_form(load, tiny, tmp_path, batch, expected, what, make, result):
+def test_a_graph_of_every_form(check_form, tiny, tmp_path, what, make, result):
     definition = tf.compat.v1.GraphDef.FromString((tiny.folder / "model.pb").read_bytes())
     made = make(definition, tmp_path)
     path = tmp_path / "m.pb"
@@ -260,17 +245,7 @@ def test_a_graph_of_every_form(load, tiny, tmp_path, batch, expected, what, make
         write_graph(str(path), definition if made is None else made)
     else:
         path = made
-    if isinstance(result, list):
-        with refused(path.name, *result):
-            load(path)
-        return
-    attributes = {"vocab_size": 60, "dtype": "fp32", "batch_policy": "single", "within": 1e-4} | result
-    backend = load(path)
-    logits = predict(backend, batch)
-    assert logits.dtype == np.float32 and logits.shape == expected.shape
-    assert np.abs(logits - expected).max() < attributes.pop("within")
-    assert {name: getattr(backend, name) for name in attributes} == attributes
-    assert backend.dtype in backend.name.split(", ")
+    check_form(path, "tf", result)
 
 
 def test_no_device_is_left_in_a_graph_or_its_functions(tiny, tmp_path):
