@@ -6,6 +6,7 @@ automation start every script in the project's folder.
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -179,6 +180,15 @@ def cores() -> int:
 def threads() -> int:
     """Return how many threads a backend may use: MLC_MAX_NUM_THREADS, or one per core. Raises UserError."""
     return thread_limit("MLC_MAX_NUM_THREADS") or cores()
+
+
+def return_memory() -> None:
+    """Return freed memory to the system; call it after much was freed, in pieces, because glibc keeps it.
+
+    It kept 100 MB after a server's 36 large requests, and 440 MB after BERT-Large was loaded.
+    """
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", id)(0)  # other C libraries have no such function
 
 
 def cpu_flags() -> list[str]:
