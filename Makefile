@@ -79,7 +79,7 @@ test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
 	$(PYTHON) -c "import vermin; vermin.main()" --target=3.10- --violations --no-tips --quiet *.py convert demo models tools
-	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test_pythons
 test_pythons: ## run the demo, the scorer and the network mode with each Python from 3.10 that this machine has
@@ -92,7 +92,7 @@ format: $(call packages,test) ## format the code
 .PHONY: coverage
 coverage: $(call packages,test) ## run the tests and list the lines and branches of the scripts that they miss
 	mkdir -p build/coverage
-	$(PYTHON) -m coverage run -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m coverage run -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report
 
