@@ -16,7 +16,6 @@ and the work of a connection that was closed is dropped.
 """
 
 import asyncio
-import ctypes
 import itertools
 import logging
 import resource
@@ -38,6 +37,7 @@ import network_format
 from backends import Backend, BatchPolicy, RunOptions
 from batching import BatchPlan, Pending
 from config import UserError
+from models.weights import return_memory
 from network_format import EMPTY, SEAL, Samples
 from squad_QSL import Batch
 from squad_SUT import SquadSUT, Worker, validate_logits
@@ -46,9 +46,6 @@ try:
     import uvloop  # answers sooner than Python's event loop
 except ImportError:
     uvloop = None
-
-# The C library keeps freed memory: 160 MB after 36 large requests of which 64 MB were in use. Only glibc has a remedy.
-return_memory = getattr(ctypes.CDLL(None), "malloc_trim", id)
 
 MAX_BYTES = 4 * 2**20  # of a request; 512 padded samples take about 3 MB of JSON
 MAX_HELD = 256 * 2**20  # bytes that all open requests may hold together
@@ -199,7 +196,7 @@ class Peers:
             await asyncio.sleep(LOOK_S)
             if self.large and max(self.held.values(), default=0) <= INLINE_BYTES:
                 self.large = False
-                await asyncio.to_thread(return_memory, 0)
+                await asyncio.to_thread(return_memory)
             now = time.monotonic()
             for connection, (since, seconds, task) in list(self.waiting.items()):
                 if connection.transport is None:

@@ -17,8 +17,9 @@ from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, disk_faults, require_model_file, require_utf8
 from models import gpus
 from models.graph_backend import GraphBackend
-from models.graph_files import Graph, GraphSignature, GraphTensor, one_line, read_onnx_graph, read_signature
+from models.graph_files import Graph, GraphSignature, GraphTensor, one_line, read_signature
 from models.model_files import model_files
+from models.onnx_files import read_onnx_graph
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 SHORTEST = 8  # tokens of a sample, at least; TensorRT's engines are for batches of at most this many tokens a sample

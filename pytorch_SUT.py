@@ -23,8 +23,9 @@ from batching import check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from models import cuda_bert, gpus
-from models.model_files import COUNTS, WIDTHS, model_files, read_weights
+from models.model_files import COUNTS, WIDTHS, model_files, open_weights
 from models.packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges
+from models.weights import Weights
 from squad_QSL import Batch
 
 # The dtype of the values between the linear layers, by --dtype; int8 applies only inside the linear layers.
@@ -56,9 +57,11 @@ def linear_layer(dtype: str, ranges: Ranges, name: str, weight: Tensor, bias: Te
         if name.endswith(".up"):
             int8.quantize_gelu(*ranges[name.replace("up", "down")])
         return int8
+    weight, bias = weight.to(DTYPES[dtype]), bias.to(DTYPES[dtype])
     # oneDNN's blocked layout is for x86; PyTorch's own operators are faster on other processors.
-    linear = PrepackedLinear if platform.machine() == "x86_64" and torch.backends.mkldnn.is_available() else Linear
-    return linear(weight.to(DTYPES[dtype]), bias.to(DTYPES[dtype]))
+    if platform.machine() == "x86_64" and torch.backends.mkldnn.is_available():
+        return PrepackedLinear(weight, bias)
+    return Linear(weight.clone(), bias)  # a copy, because the weight may be a part of a mapped file
 
 
 class PyTorchBackend(Backend):
@@ -71,7 +74,7 @@ class PyTorchBackend(Backend):
         torch.set_num_threads(self.threads)
         model = config.model_path("pytorch", dtype)
         self.model_path = model_files(model).weights
-        bert_config, weights = read_weights(model)
+        bert_config, weights = open_weights(model)
         self.vocab_size = bert_config["vocab_size"]
         if self.device.type == "cpu" and not cpu_runs(dtype):
             config.notice(f"this processor has no {dtype} instructions; running in fp32")
@@ -89,7 +92,7 @@ class PyTorchBackend(Backend):
             make_linear = partial(linear_layer, dtype, ranges or {})
             self.bert = Bert(bert_config, weights, self.device, DTYPES[dtype], make_linear)
 
-    def _load_on_gpus(self, options: RunOptions, bert_config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    def _load_on_gpus(self, options: RunOptions, bert_config: dict[str, Any], weights: Weights) -> None:
         """Make `bert` for all visible GPUs, and log notices on its speed and on its responses."""
         remedy = "set USE_GPU=0 or give --dtype=fp16"
         if options.dtype == "int8":
@@ -137,7 +140,7 @@ class PyTorchReference(Backend):
         self.device = find_device()
         path = config.model_path("pytorch", "fp32")
         self.model_path = model_files(path).weights
-        bert_config, weights = read_weights(path)
+        bert_config, weights = open_weights(path)
         self.vocab_size = bert_config["vocab_size"]
         sizes = {name: bert_config[name] for name in (*WIDTHS, *COUNTS, "layer_norm_eps")}
         model = BertForQuestionAnswering(BertConfig(**sizes))

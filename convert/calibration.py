@@ -11,7 +11,7 @@ from torch import Tensor
 
 import config
 from create_squad_data import load_features, read_cache, read_calibration, write_cache
-from models.model_files import COUNTS, WIDTHS, model_files, read_config, read_weights
+from models.model_files import COUNTS, WIDTHS, model_files, open_weights, read_config
 from models.packed_bert import Bert, PrepackedLinear, Ranges
 from squad_QSL import Batch, SquadQSL
 
@@ -37,7 +37,7 @@ class Observer(PrepackedLinear):
 def input_ranges(model: str, batches: Iterable[Batch]) -> Ranges:
     """Return the ranges of the inputs of `model`'s linear layers over `batches`. Raises UserError."""
     ranges: Ranges = {}
-    bert = Bert(*read_weights(model), torch.device("cpu"), torch.float32, partial(Observer, ranges))
+    bert = Bert(*open_weights(model), torch.device("cpu"), torch.float32, partial(Observer, ranges))
     for batch in batches:
         bert(batch)
     return ranges

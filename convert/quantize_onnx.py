@@ -20,7 +20,7 @@ from convert.pytorch_to_onnx import write_model
 from convert.verify import load_model, new_files
 from create_squad_data import load_features, read_calibration
 from files import require_different_files, require_replaceable
-from models.graph_files import opset, read_onnx
+from models.onnx_files import opset, read_onnx
 from onnxruntime_SUT import OnnxModel
 from squad_QSL import SquadQSL
 

@@ -6,7 +6,7 @@ the kernels, streams and graphs; `make gpu_check` checks and measures it on a GP
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -185,7 +185,9 @@ def devices() -> list[torch.device]:
 class CudaBerts:
     """A `CudaBert` on each visible GPU; a call takes one that has a free slot. `weights` stay as they are."""
 
-    def __init__(self, bert_config: dict[str, Any], weights: Weights, dtype: torch.dtype, max_tokens: int) -> None:
+    def __init__(
+        self, bert_config: dict[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, max_tokens: int
+    ) -> None:
         # Else the order of a row's sums would depend on the number of rows, which decides the kernel.
         torch.set_float32_matmul_precision("highest")
         for name in ("fp16", "bf16"):

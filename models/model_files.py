@@ -17,7 +17,8 @@ import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from files import KINDS, file_digest, read_json, require_model_file, require_replaceable, write_json
-from models.state_dicts import WORDS, read_tensors
+from models.state_dicts import WORDS, is_mapped, read_tensors
+from models.weights import Weights
 
 if TYPE_CHECKING:  # only `read_weights` imports PyTorch; the other functions work without it
     from torch import Tensor
@@ -273,8 +274,21 @@ def is_weight(name: str) -> bool:
     return name.startswith(("bert.embeddings.", "bert.encoder.", "qa_outputs.")) and name not in BUFFERS
 
 
-def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a BERT for question answering: (configuration, {name: float32 tensor}).
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite in fp32; it looks at a few rows at a time, which takes less memory."""
+    return all(rows.float().isfinite().all() for rows in tensor.split(1024))
+
+
+def file_versions(paths: Iterable[str]) -> list[tuple[int, int, int]]:
+    """Return what differs between two versions of a file, for each of `paths`. Raises UserError if one is missing."""
+    try:
+        return [(found.st_ino, found.st_size, found.st_mtime_ns) for found in map(os.stat, paths)]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot read it ({error.strerror}); correct its permissions") from None
+
+
+def open_weights(model: str) -> tuple[dict[str, Any], Weights]:
+    """Check a BERT for question answering and return (configuration, its weights), which are read when they are taken.
 
     `model` is described above. Raises UserError if a file is missing or damaged, if the weights are of another model or
     do not fit the configuration, or if one is not finite.
@@ -284,7 +298,17 @@ def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     require_model_file(path)
     bert_config = read_config(files.config_file)
     compare_configs(files.config_file, bert_config)
-    tensors = read_tensors(path, read_index(path) if path.endswith(INDEX) else None)
+    index = read_index(path) if path.endswith(INDEX) else None
+    sources = files.parts if index else (path,)
+    versions = file_versions(sources)
+
+    def read() -> dict[str, Tensor]:
+        tensors = read_tensors(path, index)
+        if file_versions(sources) != versions:
+            raise UserError(f"{path}: was replaced while it was read; start the command again")
+        return tensors
+
+    tensors = read()
     shapes = weight_shapes(bert_config)
     ignored = sorted(name for name in tensors if not is_weight(name))
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -295,14 +319,19 @@ def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if odd := [name for name in shapes if str(tensors[name].layout) != "torch.strided" or tensors[name].is_meta]:
         found_as = "without values (on the device meta)" if tensors[odd[0]].is_meta else str(tensors[odd[0]].layout)
         raise UserError(f"{path}: {odd[0]} is {found_as}, not a dense tensor; save the model with dense tensors")
-    weights = {name: tensors[name].detach().float() for name in shapes}
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    broken = [name for name in shapes if not is_finite(tensors[name].detach())]
     if broken:
         raise UserError(f"{path}: {broken[0]} holds NaN or infinity ({len(broken)} weights do); fetch the file again")
     if ignored:
         names = ", ".join(ignored[:3] + ["…"] * (len(ignored) > 3))
         config.notice(f"{path}: question answering does not use {names} ({len(ignored)} tensors)")
-    return bert_config, weights
+    return bert_config, Weights(tensors, shapes, read if all(map(is_mapped, sources)) else None)
+
+
+def read_weights(model: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `open_weights` does, with all weights in memory or mapped: {name: float32 tensor}."""
+    bert_config, weights = open_weights(model)
+    return bert_config, dict(weights)
 
 
 def write_config(folder: str, bert_config: dict[str, Any], remedy: str) -> None:

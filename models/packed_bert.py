@@ -5,7 +5,7 @@ row's bits do not depend on other rows, nor a sample's logits on its batch; test
 cuda_bert.py has what differs on a GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.weights import return_memory
 from squad_QSL import Batch
 
 # On a CPU the rows of a linear layer's input are filled up to a multiple of ROWS, and so are a sample's in attention
@@ -118,7 +119,7 @@ def packed_inputs(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Bert:
-    """BERT for question answering, made from what model_files.read_weights returns; empties `weights`.
+    """BERT for question answering, made from what model_files.open_weights returns; empties `weights`.
 
     `make_linear` makes a linear layer from its name ("N.qkv", "N.out", "N.up" or "N.down" in BERT's layer N) and its
     weight and bias in fp32; `dtype` is that of the values between linear layers.
@@ -127,7 +128,7 @@ class Bert:
     def __init__(
         self,
         bert_config: dict[str, Any],
-        weights: dict[str, Tensor],
+        weights: MutableMapping[str, Tensor],
         device: torch.device,
         dtype: torch.dtype,
         make_linear: Callable[[str, Tensor, Tensor], Linear | Int8Linear],
@@ -136,25 +137,29 @@ class Bert:
         self.attention: Callable[[Tensor, int, Any], Tensor] = attention
         self.rows = ROWS
 
-        def pair(name: str) -> tuple[Tensor, Tensor]:
+        def pair(name: str, copy: bool = True) -> tuple[Tensor, Tensor]:
             # Copied, because a tensor that is a part of the mapped file keeps the whole file in memory.
-            weight, bias = (weights.pop(f"{name}.{part}").to(device, copy=True) for part in ("weight", "bias"))
-            return weight, bias
+            weight = weights.pop(f"{name}.weight").to(device, copy=copy)
+            return weight, weights.pop(f"{name}.bias").to(device, copy=True)
+
+        def queries_keys_values(name: str) -> list[Tensor]:
+            scale = (bert_config["hidden_size"] / self.heads) ** -0.5  # of attention, once instead of on every score
+            query, key, value = (pair(f"{name}.{part}", copy=False) for part in ("query", "key", "value"))
+            return [torch.cat((q * scale, k, v)) for q, k, v in zip(query, key, value)]
 
         names = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
         self.words, self.positions, self.types = (weights.pop(name).to(device, dtype, copy=True) for name in names)
         self.embedding_norm = pair("bert.embeddings.LayerNorm")
         self.layers: list[tuple[Any, ...]] = []  # query, key and value; output; its norm; up; down; its norm
-        scale = (bert_config["hidden_size"] / self.heads) ** -0.5  # of attention, once instead of on every score
         for layer in range(bert_config["num_hidden_layers"]):
             prefix = f"bert.encoder.layer.{layer}"
-            query, key, value = (pair(f"{prefix}.attention.self.{name}") for name in ("query", "key", "value"))
-            qkv = make_linear(f"{layer}.qkv", *(torch.cat((q * scale, k, v)) for q, k, v in zip(query, key, value)))
-            out = make_linear(f"{layer}.out", *pair(f"{prefix}.attention.output.dense"))
-            up = make_linear(f"{layer}.up", *pair(f"{prefix}.intermediate.dense"))
-            down = make_linear(f"{layer}.down", *pair(f"{prefix}.output.dense"))
+            qkv = make_linear(f"{layer}.qkv", *queries_keys_values(f"{prefix}.attention.self"))
+            out = make_linear(f"{layer}.out", *pair(f"{prefix}.attention.output.dense", copy=False))
+            up = make_linear(f"{layer}.up", *pair(f"{prefix}.intermediate.dense", copy=False))
+            down = make_linear(f"{layer}.down", *pair(f"{prefix}.output.dense", copy=False))
             out_norm, down_norm = pair(f"{prefix}.attention.output.LayerNorm"), pair(f"{prefix}.output.LayerNorm")
             self.layers.append((qkv, out, out_norm, up, down, down_norm))
+            return_memory()  # of the layer's tensors in fp32
         self.answer = Linear(*pair("qa_outputs"))
 
     def __call__(self, batch: Batch) -> Tensor:

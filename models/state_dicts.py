@@ -20,6 +20,11 @@ WRAPPERS = {"module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint
 WORDS = "bert.embeddings.word_embeddings.weight"
 
 
+def is_mapped(path: str) -> bool:
+    """Return whether `load_tensors` maps the file into memory: all but files of the form before PyTorch 1.6."""
+    return file_start(path)[8:9] == b"{" or zipfile.is_zipfile(path)
+
+
 def load_tensors(path: str) -> Any:
     """Load a file of safetensors or `torch.save`, mapped into memory. Raises UserError if it is damaged or unsafe."""
     import torch

@@ -189,6 +189,25 @@ def weights_are_inputs(model, folder):
     model.graph.input.extend(values)
 
 
+def weight(change):
+    """Return a change of a layer's matrix by `change(tensor)`."""
+
+    def change_model(model, folder):
+        change(next(tensor for tensor in model.graph.initializer if tensor.name.endswith("intermediate.dense.kernel")))
+
+    return change_model
+
+
+def not_a_number(tensor):
+    values = numpy_helper.to_array(tensor).copy()
+    values[0, 0] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def node_without_inputs(model, folder):
+    next(node for node in model.graph.node if node.op_type == "Squeeze").ClearField("input")
+
+
 def version(ir=None, opset=None):
     def change(model, folder):
         model.ir_version = ir or model.ir_version

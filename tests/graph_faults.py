@@ -7,6 +7,7 @@ BYTE_FAULTS change its content, and SECOND_FILE_FAULTS the file with its weights
 import numpy as np
 import onnx
 from graph_changes import rename, together
+from hypothesis import assume
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -26,6 +27,7 @@ NAMES = st.sampled_from([*KNOWN, "", "0", ":0", "Logits", "input_ids:0", "é", "
 
 def one_of(draw, values):
     """Return one of a list of messages; they are not shown in a failure, its number is."""
+    assume(len(values) > 0)
     return values[draw(st.integers(0, len(values) - 1))]
 
 
@@ -81,7 +83,7 @@ def no_tensor(draw, model):
 def removed(draw, model):
     """Remove an input, an output, a node, a weight or all of them."""
     values = getattr(model.graph, draw(st.sampled_from(["input", "output", "node", "initializer"])))
-    place = draw(st.integers(0, len(values) - 1))
+    place = draw(st.integers(0, max(0, len(values) - 1)))
     del values[0 if draw(st.booleans()) else place : place + 1]
 
 
@@ -184,6 +186,7 @@ def second_file(draw, path):
     onnx.save(model, path, save_as_external_data=True, location="weights", size_threshold=100)
     model, second = onnx.load(path, load_external_data=False), path.parent / "weights"
     stored = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    assume(stored)
     change = draw(
         st.sampled_from(["none", "cut off", "empty", "missing", "a folder", "more", "key", "no key", "no keys"])
     )

@@ -17,7 +17,8 @@ from graph_changes import constant, node, outputs, rename, replace_table, revers
 from onnx import TensorProto
 
 from config import ONNX_INPUTS, UserError
-from models.graph_files import onnx_graph, parse_onnx, read_onnx_graph, read_signature
+from models.graph_files import read_signature
+from models.onnx_files import onnx_graph, parse_onnx, read_onnx_graph
 
 FLOAT, HALF, INT32, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32, TensorProto.INT64
 START, END = "output_start_logits", "output_end_logits"
@@ -113,6 +114,7 @@ INPUTS = [
     ("fp32 ids", change.input_types(FLOAT, INT64, INT64), ["input_ids float32", "int64 or int32"]),
     ("positions", change.another_input("position_ids"), ["segment_ids, position_ids", "expected"]),
     ("other names", rename(input_ids="0", **{MASK: "1", SEGMENTS: "2"}), ["inputs are 0, 1, 2", "input_ids"]),
+    ("ids and mask swapped", rename(input_ids=MASK, **{MASK: "input_ids"}), ["input_mask and input_ids are swapped"]),
     ("mask and segments swapped", rename(**{MASK: SEGMENTS, SEGMENTS: MASK}), ["swapped", "export"]),
 ]
 
@@ -145,6 +147,10 @@ FILES = [
     ("weights in a second file", second_file(lambda path: None), {}),
     ("no second file", second_file(lambda path: path.unlink()), ["m.onnx_data", "missing"]),
     ("a second file cut off", second_file(lambda path: path.write_bytes(b"0")), ["m.onnx_data", "too short"]),
+    ("a weight without values", change.weight(lambda tensor: tensor.ClearField("raw_data")), ["kernel has no values"]),
+    ("NaN in a weight", change.weight(change.not_a_number), ["kernel holds NaN or infinity"]),
+    ("NaN in a node", together(change.weight(change.not_a_number), change.constant_nodes), ["kernel holds NaN"]),
+    ("a node without inputs", change.node_without_inputs, ["`make convert`"]),
     ("an empty file", lambda model, folder: b"", ["not an ONNX model"]),
     ("a Git LFS pointer", lambda model, folder: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", ["Git LFS"]),
     ("a web page", lambda model, folder: b"<!DOCTYPE html>\n<html><title>Not found</title></html>\n", ["web page"]),

@@ -232,6 +232,11 @@ REFUSED = {
     "pruned heads": (configured(pruned_heads={"0": [1]}), "pruned_heads"),
     "quantized": (configured(quantization_config={"bits": 8}), "quantized weights are not supported"),
     "int8 weights": (safe(STATE | {WORDS: STATE[WORDS].char()}), f"{WORDS} is torch.int8"),
+    "a sparse tensor": (
+        pickled(STATE | {WORDS: STATE[WORDS].to_sparse()}),
+        f"{WORDS} is torch.sparse_coo, not a dense",
+    ),
+    "a tensor without values": (pickled(STATE | {WORDS: STATE[WORDS].to("meta")}), f"{WORDS} is without values"),
     "a quantized state dict": (
         pickled(STATE | {WORDS: torch.quantize_per_tensor(STATE[WORDS], 0.1, 0, torch.qint8)}),
         "model.pytorch",
