@@ -193,9 +193,8 @@ def unknown_operator(definition, folder):
 
 
 KERNELS = (48, 144), (48, 48), (48, 96), (96, 48)
-FORMS = [
+OUTPUTS = [
     ("as it is", same, {}),
-    # Outputs.
     ("(2, batch, length)", one(lambda both: tf.transpose(both, [2, 0, 1])), {}),
     ("(batch, 2, length)", one(lambda both: tf.transpose(both, [0, 2, 1])), {}),
     ("fp16 logits", one(lambda both: tf.cast(both, tf.float16)), {"within": FP16}),
@@ -207,26 +206,30 @@ FORMS = [
     ("two outputs", outputs(lambda both: {"end_logits": both[..., 1], "start_logits": both[..., 0]}), {}),
     ("one of another name", rename(logits="answers"), {}),
     ("two of other names", outputs(lambda both: {"a": both[..., 1], "b": both[..., 0]}), ["outputs are", "a:0"]),
-    # Inputs.
+]
+INPUTS = [
     ("names of MLPerf's int8 file", rename(**dict(zip(ONNX_INPUTS[0], ONNX_INPUTS[1]))), {}),
     ("names of both files", rename(**{MASK: "attention_mask"}), {}),
     ("int64", cast_inputs(tf.int64, *ONNX_INPUTS[0]), {}),
     ("an fp16 mask", cast_inputs(tf.float16, MASK), ["input_mask:0 float16", "int64 or int32"]),
     ("another input that nothing uses", another_input, {}),
     ("other names", rename(input_ids="a", **{MASK: "b", SEGMENTS: "c"}), ["inputs are a:0, b:0, c:0", "input_ids"]),
-    # Tables and dtypes.
+]
+TABLES = [
     ("fewer tokens", replace(lambda name, array: [constant(name, array[:50])], (60, 48)), {"vocab_size": 50}),
     ("a table in fp16", replace(as_fp16, (60, 48)), {"within": FP16}),
     ("a table in one dimension", replace(in_one_dimension, (60, 48)), {}),
     ("one-hot segments", one_hot, {}),
     ("one segment", replace(lambda name, array: [constant(name, array[:1])], (2, 48)), ["segment_ids:0 has 1 row"]),
     ("matrices in fp16", replace(as_fp16, *KERNELS), {"dtype": "fp32 (fp16 weights)", "within": FP16}),
-    ("int8 by each batch's range", one(dynamic_range), {"dtype": "int8", "within": INT8}),
-    # Devices.
+]
+DEVICES = [
     ("on a GPU", on_device("/device:GPU:0"), {}),
     ("on another machine", on_device("/job:worker/task:3/device:GPU:1"), {}),
+]
+OTHERS = [
+    ("int8 by each batch's range", one(dynamic_range), {"dtype": "int8", "within": INT8}),
     ("on a GPU in a function", one(in_a_function), {}),
-    # Other files.
     ("a SavedModel", saved_model("saved"), ["a SavedModel", "freeze_tf"]),
     ("a SavedModel's graph", saved_model("saved/saved_model.pb"), ["a SavedModel", "freeze_tf"]),
     ("a checkpoint", checkpoint("model.ckpt"), ["a TensorFlow checkpoint", "freeze_tf"]),
@@ -234,6 +237,7 @@ FORMS = [
     ("an unknown operator", unknown_operator, ["CustomOperator"]),
     ("an empty file", lambda definition, folder: tf.compat.v1.GraphDef(), ["not a frozen TensorFlow graph"]),
 ]
+FORMS = [*OUTPUTS, *INPUTS, *TABLES, *DEVICES, *OTHERS]
 
 
 @pytest.mark.parametrize("what, make, result", FORMS, ids=[row[0] for row in FORMS])
