@@ -52,7 +52,7 @@ def provider_options(
 ) -> list[dict[str, str]]:
     """Return the options of each provider of `use`: no TF32 in fp32; TensorRT's engines for all shapes, and kept.
 
-    ONNX Runtime names an engine by the names in the graph of the model `path`, so each model has a folder of its own.
+    ONNX Runtime names an engine by the names in the graph of the model `path`, so each model has a separate folder.
     """
     found: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}}
     if TENSORRT in use:
