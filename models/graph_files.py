@@ -41,6 +41,9 @@ DYNAMIC = ("DynamicQuantize",)  # beginnings of names
 INT8 = (*DYNAMIC, "QLinear", "QAttention", "QGemm", "MatMulInteger", "QuantizedMatMul")
 
 
+LONGEST = 500  # characters of a library's message; TensorFlow's may hold a weight's values
+
+
 @contextlib.contextmanager
 def one_line(path: str, fault: str, line: Callable[[BaseException], str] = config.first_line) -> Iterator[None]:
     """Turn any exception that a library raises while it reads the file `path` into a UserError of one line."""
@@ -49,7 +52,8 @@ def one_line(path: str, fault: str, line: Callable[[BaseException], str] = confi
     except (UserError, ImportError):
         raise
     except Exception as error:  # each library has other types of exceptions for damage
-        raise UserError(f"{path}: {config.out_of_memory(error) or f'{fault} ({line(error)}); {REMEDY}'}") from None
+        reason = line(error)[:LONGEST]
+        raise UserError(f"{path}: {config.out_of_memory(error) or f'{fault} ({reason}); {REMEDY}'}") from None
 
 
 class GraphTensor(NamedTuple):

@@ -124,6 +124,19 @@ def as_fp16(name, array):
     return [stored, operation(name, "Cast", stored.name, SrcT=tf.float16, DstT=tf.float32)]
 
 
+def without_values(name, array):
+    node = constant(name, array)
+    node.attr["value"].tensor.ClearField("tensor_content")
+    return [node]
+
+
+def repeated(name, array):
+    """Return a constant of one value, which is stored once: another model, which is not refused."""
+    node = without_values(name, array)[0]
+    node.attr["value"].tensor.float_val.append(0.5)
+    return node
+
+
 def in_one_dimension(name, array):
     flat, shape = constant(f"{name}_flat", array.reshape(-1)), constant(f"{name}_shape", np.int32([-1, 48]))
     return [flat, shape, operation(name, "Reshape", flat.name, shape.name, T=tf.float32, Tshape=tf.int32)]
@@ -218,6 +231,7 @@ INPUTS = [
 TABLES = [
     ("fewer tokens", replace(lambda name, array: [constant(name, array[:50])], (60, 48)), {"vocab_size": 50}),
     ("a table in fp16", replace(as_fp16, (60, 48)), {"within": FP16}),
+    ("a matrix without values", replace(without_values, (48, 144)), ["the weight", "has no values", "make convert"]),
     ("a table in one dimension", replace(in_one_dimension, (60, 48)), {}),
     ("one-hot segments", one_hot, {}),
     ("one segment", replace(lambda name, array: [constant(name, array[:1])], (2, 48)), ["segment_ids:0 has 1 row"]),
@@ -228,6 +242,8 @@ DEVICES = [
     ("on another machine", on_device("/job:worker/task:3/device:GPU:1"), {}),
 ]
 OTHERS = [
+    ("another input beside logits of another name", together(another_input, rename(logits="answers")), {}),
+    ("a matrix of one value", replace(lambda name, array: [repeated(name, array)], (2, 48)), {"within": 9}),
     ("int8 by each batch's range", one(dynamic_range), {"dtype": "int8", "within": INT8}),
     ("on a GPU in a function", one(in_a_function), {}),
     ("a SavedModel", saved_model("saved"), ["a SavedModel", "freeze_tf"]),
