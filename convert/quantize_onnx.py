@@ -21,6 +21,7 @@ from convert.verify import load_model, new_files
 from create_squad_data import load_features, read_calibration
 from files import require_different_files, require_replaceable
 from models.onnx_files import opset, read_onnx
+from models.outliers import outlier_scales
 from onnxruntime_SUT import OnnxModel
 from squad_QSL import SquadQSL
 
@@ -66,18 +67,6 @@ def max_magnitudes(
         for name, value in zip(names, observed.run(names, arrays)):
             maxima[name] = np.maximum(maxima[name], np.abs(value).reshape(-1, value.shape[-1]).max(axis=0))
     return maxima
-
-
-def outlier_scales(maxima: np.ndarray) -> np.ndarray:
-    """Return factors, float32 (channels,), that bring outlier channels down to the 99th percentile of `maxima`.
-
-    Under one scale for all, a trained BERT's few channels of ten times the size leave the others few of the 255 values.
-    Unlike SmoothQuant (arXiv:2211.10438), this scales only outliers, and none if no channel is twice the percentile.
-    """
-    usual = np.sort(maxima)[-1 - len(maxima) // 100]
-    if maxima.max() < 2 * usual:
-        return np.ones_like(maxima)
-    return np.asarray(np.minimum(usual / np.maximum(maxima, usual), 1), np.float32)
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -21,9 +21,9 @@ from graph_changes import second_file, weights_are_inputs
 import bert_tf_to_pytorch
 from backends import RunOptions, load_backend
 from convert import freeze_tf, pytorch_to_onnx, pytorch_to_tf, quantize_onnx
-from convert.quantize_onnx import outlier_scales
 from convert.tf_checkpoint import read_checkpoint, variables, write_checkpoint
 from models.model_files import read_weights
+from models.outliers import outlier_scales
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(56))]
 

@@ -70,6 +70,34 @@ def test_a_row_has_the_same_bits_whatever_the_other_rows_are(dtype):
         assert all(torch.equal(part, result[rows]) for part, result in zip(results(rows), whole))
 
 
+@torch.inference_mode()
+def test_an_outlier_channel_in_int8_leaves_the_others_their_precision():
+    plain, _ = layers("fp32")
+    plain.weight[:, 5] /= 20
+    x = inputs(50, "int8")
+    x[:, 5] *= 20
+    layer = Int8Linear(plain.weight, plain.bias, -x.abs().amax(0), x.abs().amax(0), torch.float32)
+    steps = layer.quantize(x).float() - layer.zero_point
+    assert layer.scale < 2.1 * HIGH / 255
+    assert (steps * layer.scale / layer.factors - x)[:, :5].abs().max() < 0.51 * layer.scale
+    if cpu_runs("int8"):
+        assert (layer(x) - plain(x)).abs().max() < 0.1
+        assert layer(x, gelu=True).dtype == torch.float32  # not uint8, since no range of the next layer is given
+
+
+def test_a_quantized_value_does_not_depend_on_its_place():
+    """Also halves, which are rounded to even numbers, and what is beyond the range."""
+    layer = Int8Linear(torch.ones(1, 8), torch.zeros(1), -torch.ones(8), torch.ones(8), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 8, generator=generator)
+    x[::3] = (torch.randint(-200, 200, x[::3].shape, generator=generator) + 0.5) * layer.scale
+    whole = layer.quantize(x)
+    assert whole.min() == 0 and whole.max() == 255
+    for start in range(40):
+        for rows in (1, 2, 3, 5, 31, 100, 3000):
+            assert torch.equal(layer.quantize(x[start : start + rows].clone()), whole[start : start + rows])
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_attention_stays_within_a_sample(kind):
     heads, width, lengths = 3, 24, [5, 19, 5]
