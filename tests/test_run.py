@@ -229,6 +229,7 @@ def test_variables_choose_folder_threads_and_device(run, tmp_path):
     result = run("--backend=onnxruntime", "--max_examples=4", "--accuracy", **variables)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "here/there/mlperf_log_summary.txt").exists()
+    assert json.loads((tmp_path / "here/there/record.json").read_text())["workers"] == 1
     assert ", CPUExecutionProvider, " in result.stderr
 
 
