@@ -9,6 +9,7 @@ form that ONNX Runtime runs fastest: its own Attention operator was measured to 
 
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,20 +21,30 @@ from config import UserError
 from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, require_replaceable
-from models.model_files import model_files, read_weights
+from models.model_files import model_files, open_weights
 
 INPUTS = config.ONNX_INPUTS[0]
 OUTPUTS = ("output_start_logits", "output_end_logits")
 ONE_FILE_BYTES = 1_900_000_000  # protobuf's limit is 2 GiB; more weights go to a second file beside the first
 
 
-def build_model(bert_config: dict[str, Any], weights: dict[str, np.ndarray], length: int | None = None) -> Any:
-    """Return BERT as an onnx.ModelProto of a fixed length, or of any if `length` is None; `weights` are float32."""
+def build_model(bert_config: dict[str, Any], weights: Mapping[str, Any], length: int | None = None) -> Any:
+    """Return BERT as an onnx.ModelProto of a fixed length, or of any if `length` is None.
+
+    `weights` are float32 arrays or tensors by Hugging Face's names; each is taken once.
+    """
     hidden, heads = bert_config["hidden_size"], bert_config["num_attention_heads"]
     width = hidden // heads
     epsilon = bert_config.get("layer_norm_eps", 1e-12)
     nodes: list[onnx.NodeProto] = []
-    constants: list[onnx.TensorProto] = []
+    shape = ["batch", length or "length"]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in INPUTS]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in OUTPUTS]
+    # The constants are added to the model itself, because each helper copies what it is given: 1.3 GB of BERT-Large.
+    model = helper.make_model(
+        helper.make_graph([], "BERT", inputs, outputs), opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    )  # 20 is the first with Gelu
+    constants = model.graph.initializer
 
     def constant(value: Any, name: str = "") -> str:  # returns its name, as `add` does
         name = name or f"constant_{len(constants)}"
@@ -78,13 +89,8 @@ def build_model(bert_config: dict[str, Any], weights: dict[str, np.ndarray], len
         x = norm(add("Add", linear(inner, f"{prefix}.output.dense"), x), f"{prefix}.output.LayerNorm")
     pair = add("Split", linear(x, "qa_outputs"), outputs=2, axis=-1, num_outputs=2)
     nodes += [helper.make_node("Squeeze", [x, constant([-1])], [name], name=name) for x, name in zip(pair, OUTPUTS)]
-    shape = ["batch", length or "length"]
-    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in INPUTS]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in OUTPUTS]
-    graph = helper.make_graph(nodes, "BERT", inputs, outputs, constants)
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
-    )  # 20 is the first with Gelu
+    model.graph.node.extend(nodes)
+    return model
 
 
 def write_model(path: str, model: onnx.ModelProto) -> None:
@@ -117,12 +123,11 @@ def main() -> None:
     args = parser.parse_args()
     require_replaceable(args.onnx_out, "an ONNX model", "give another --onnx_out")
     expected = random_logits("pytorch", args.model)
-    bert_config, tensors = read_weights(args.model)
-    weights = {name: tensor.numpy() for name, tensor in tensors.items()}
+    bert_config, weights = open_weights(args.model)
     count = len(weights)
     with new_files(args.onnx_out, ".data") as path:
         write_model(path, build_model(bert_config, weights, MAX_SEQ_LENGTH if args.published else None))
-        del tensors, weights  # before ONNX Runtime needs the memory
+        config.return_memory()  # before ONNX Runtime needs it
         require_equal(args.onnx_out, [expected, random_logits("onnxruntime", path)])
     print(f"{args.onnx_out}: {count} weights, which give PyTorch's logits")
 

@@ -215,8 +215,8 @@ def test_converted_files_whose_logits_differ_are_not_kept(command, checkpoint, t
 @pytest.mark.parametrize(
     "module, reader, flag, amount, words",
     [
-        (pytorch_to_onnx, "read_weights", "--onnx_out", 0.001, ["differ by 1.0e-03"]),
-        (pytorch_to_onnx, "read_weights", "--onnx_out", np.nan, ["NaN"]),
+        (pytorch_to_onnx, "open_weights", "--onnx_out", 0.001, ["differ by 1.0e-03"]),
+        (pytorch_to_onnx, "open_weights", "--onnx_out", np.nan, ["NaN"]),
         (pytorch_to_tf, "read_weights", "--tf_checkpoint", 0.001, ["differ by 1.0e-03"]),
         (freeze_tf, "read_checkpoint", "--out", np.inf, ["infinity"]),
     ],
@@ -229,7 +229,7 @@ def test_a_converted_file_that_does_not_compute_the_same_is_not_kept(
 
     def wrong(*args):
         result = read(*args)
-        weights = result[1] if reader == "read_weights" else result
+        weights = result[1] if reader != "read_checkpoint" else result
         weights["qa_outputs.bias"] = weights["qa_outputs.bias"] + np.float32(amount)
         return result
 

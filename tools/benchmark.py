@@ -2,6 +2,7 @@
 
 python3 -m tools.benchmark --quick                                    PyTorch, BERT-Large, under three minutes
 python3 -m tools.benchmark --runs pytorch:fp32 pytorch:bf16 onnxruntime:fp32
+python3 -m tools.benchmark --peers                    PyTorch in fp32 and what a user would choose instead
 
 Each run, BACKEND:DTYPE, has its own process; its baseline is BACKEND:reference, the backend's fp32 model in run.py
 --reference. In every round each run answers the same samples, of the data set's distribution of lengths, so a ratio
@@ -41,14 +42,16 @@ from models.model_files import model_files, read_config, weight_shapes
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker
+from tools.peak import gpu_peak, measure_peak
+from tools.peers import PEERS, load_peer, peer_runs
 
 FOLDER = os.path.join(config.BUILD_DIR, "benchmark")
 REMEDY = "free disk space or correct the permissions"
 ALL_RUNS = [f"{backend}:{dtype}" for backend, entry in BACKENDS.items() for dtype in entry.dtypes]
 DEFAULT_RUNS = ["pytorch:fp32", "pytorch:bf16", "pytorch:int8"]
 GPU_RUNS = ["pytorch:fp32", "pytorch:fp16"]  # the defaults on a GPU; --dtype=bf16 needs a newer one than fp16 does
+PEER_RUNS = ["pytorch:fp32"]  # the default with --peers; more of them need more memory
 GPU_SECONDS = 3  # a query on a GPU is repeated until it takes as long
-GPU_GEMM_SIZE = 8192  # rows and columns of the products that give a GPU's peak
 
 
 def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarray:
@@ -64,7 +67,7 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
 
     The name of a converted model has a digest of all that it is made from, so that an old one is not used.
     """
-    if backend == "pytorch":
+    if backend == "pytorch" or backend in PEERS:
         return folder
     files = model_files(folder)
     sources = [files.config_file, *sorted(glob.glob(f"{config.ROOT}/convert/*.py"))]
@@ -125,7 +128,8 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
     options = RunOptions(backend_name, scenario, dtype="fp32" if reference else dtype, reference=reference)
     try:
         worker = Worker()
-        backend = worker.submit(lambda: load_backend(options)).result()
+        load = load_peer if backend_name in PEERS else load_backend
+        backend: Backend = worker.submit(lambda: load(options)).result()
         qsl = SquadQSL(load_features(*config.dataset_files())[1])
         worker.submit(lambda: backend.predict(qsl.longest_batch())).result()
         plan = plan_batching(options, backend, qsl)
@@ -140,11 +144,13 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
     except EOFError:
         pass  # the parent has ended
     except Exception as error:  # noqa: BLE001 - the parent reports it
-        pipe.send(config.UserError(f"{backend_name}:{dtype}: {error}"))
+        pipe.send(config.UserError(f"{backend_name}:{dtype}: {config.first_line(error)}"))
 
 
 class Run:
     """One BACKEND:DTYPE, a process for each scenario in which it is measured, and what was measured."""
+
+    fault = ""  # why it could not be measured
 
     def __init__(self, name: str, folder: str) -> None:
         self.name = name
@@ -171,6 +177,20 @@ class Run:
         self.processes[scenario].start()
         other.close()  # so that `recv` here fails if the process dies
         self.answer(scenario, np.array([], int))  # returns when the model is loaded
+
+    def try_to_open(self, scenario: str) -> bool:
+        """Start the process of a scenario as `open` does; return whether it runs. Only a peer may fail."""
+        try:
+            if not self.fault:
+                self.open(scenario)
+        except config.UserError as error:
+            if self.backend not in PEERS:
+                raise
+            for started in list(self.pipes):
+                self.close(started)
+            self.fault = f"{error}; not measured"
+            config.notice(self.fault)
+        return not self.fault
 
     def close(self, scenario: str) -> None:
         """End the process of a scenario."""
@@ -210,43 +230,6 @@ def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
     return bert_config["num_hidden_layers"] * layer
 
 
-def gpu_peak() -> dict[str, float]:
-    """Return the GEMM throughput in operations/s of each dtype that the GPU has instructions for."""
-    import torch
-
-    from models import cuda_bert
-    from pytorch_SUT import DTYPES
-
-    device = torch.device("cuda", 0)
-    names = ["fp32", "fp16"] + ["bf16"] * (torch.cuda.get_device_capability(device) >= cuda_bert.FLASH)
-    return {name: cuda_bert.product_rate(device, DTYPES[name], GPU_GEMM_SIZE) for name in names}
-
-
-def measure_peak(peak: dict[str, float]) -> None:
-    """Raise `peak` to the GEMM throughput in operations/s of each dtype that the processor has instructions for."""
-    import torch
-
-    from models.packed_bert import Int8Linear, Linear, PrepackedLinear
-    from pytorch_SUT import cpu_runs
-
-    rows, inputs, outputs = 2048, 1024, 4096
-    with torch.inference_mode():
-        x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-        layers: list[tuple[str, Any, torch.Tensor]] = []
-        if cpu_runs("int8"):
-            int8 = Int8Linear(weight, bias, x.amin(0), x.amax(0), torch.bfloat16)
-            layers.append(("int8", int8, int8.quantize(x)))
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            for kind in (Linear, PrepackedLinear) if cpu_runs(name) else ():
-                layers.append((name, kind(weight.to(dtype), bias.to(dtype)), x.to(dtype)))
-        for name, layer, matrix in layers:
-            for _ in range(6):
-                begin = time.perf_counter()
-                layer(matrix)
-                rate = 2 * rows * inputs * outputs / (time.perf_counter() - begin)
-                peak[name] = max(peak.get(name, 0), rate)
-
-
 def f1_score(squad: Squad, features: Features, vocab: dict[str, int], logits: dict[int, np.ndarray]) -> float:
     """Return the F1 over the questions of the samples in `logits`, {sample: float32 (tokens, 2)}."""
     rows = np.array(sorted(logits))
@@ -284,9 +267,7 @@ def table_row(run: Run, baseline: Run, operations: float, peak: dict[str, float]
 
 def measure_interleaved(runs: list[Run], queries: Callable[[Run, str], np.ndarray], rounds: int) -> dict[str, float]:
     """Measure `rounds` rounds of all runs, whose processes exist at once; return the CPU's peak in each dtype."""
-    for run in runs:
-        for scenario in run.scenarios:
-            run.open(scenario)
+    runs = [run for run in runs if all(map(run.try_to_open, run.scenarios))]
     peak: dict[str, float] = {}
     for number in range(rounds):
         config.log_progress(f"round {number + 1} of {rounds}")
@@ -301,7 +282,8 @@ def measure_on_gpu(runs: list[Run], queries: Callable[[Run, str], np.ndarray], r
     """Measure one process after another, each with queries of GPU_SECONDS; return the GPU's peak in each dtype."""
     for run in runs:
         for scenario in run.scenarios:
-            run.open(scenario)
+            if not run.try_to_open(scenario):
+                continue
             rows = queries(run, scenario)
             run.answer(scenario, rows)  # the first query finds caches empty and clocks low
             rows = np.tile(rows, math.ceil(GPU_SECONDS / sum(run.answer(scenario, rows))))
@@ -317,6 +299,8 @@ def parse_args() -> argparse.Namespace:
     add, count = parser.add_argument, config.positive_int
     runs = f"{', '.join(ALL_RUNS)} (default: {' '.join(DEFAULT_RUNS)}; on a GPU {' '.join(GPU_RUNS)})"
     add("--runs", nargs="+", choices=ALL_RUNS, metavar="BACKEND:DTYPE", help=runs)
+    peers = f"also measure {', '.join(PEERS)} (default: all that are installed), in the dtypes of --runs"
+    add("--peers", nargs="*", choices=list(PEERS), metavar="PEER", help=f"{peers} (default: {' '.join(PEER_RUNS)})")
     add("--samples", type=count, default=32, help="samples in a round, in Offline three times as many (default: 32)")
     add("--rounds", "--turns", type=count, default=3, help="rounds of all runs (default: 3)")
     add("--quick", action="store_true", help="8 samples, 1 round")
@@ -350,7 +334,9 @@ def main() -> None:
 
     args = parse_args()
     on_gpu = find_device().type == "cuda"
-    names = args.runs or (GPU_RUNS if on_gpu else DEFAULT_RUNS)
+    names = args.runs or (GPU_RUNS if on_gpu else DEFAULT_RUNS if args.peers is None else PEER_RUNS)
+    dtypes = [run.partition(":")[2] for run in names]
+    peers, absent = peer_runs(PEERS if args.peers == [] else args.peers or (), dtypes)
     squad, features = load_features(*config.dataset_files())
     vocab_file = os.environ["VOCAB_FILE"] = config.dataset_files()[1]  # also if a process's model is in another folder
     given = config.local_model(os.environ.get("ML_MODEL_FILE_WITH_PATH", ""))
@@ -369,9 +355,11 @@ def main() -> None:
         return few if run.baseline else query if scenario == "Offline" else rows
 
     backends = dict.fromkeys(run.partition(":")[0] for run in names)
-    runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *names]]
+    runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *names, *peers]]
     peak = (measure_on_gpu if on_gpu else measure_interleaved)(runs, queries, args.rounds)
 
+    absent += [run.fault for run in runs if run.fault]
+    runs = [run for run in runs if not run.fault]
     baselines = {run.backend: run for run in runs if run.baseline}
     operations = flops(bert_config, features.lengths[query]) / len(query)
     table = []
@@ -381,13 +369,14 @@ def main() -> None:
             config.notice(f"{run.name}: {samples} have other logits in Offline than in SingleStream")
         scored = given and len(run.logits) >= len(rows)
         f1 = f"{f1_score(squad, features, read_vocab(vocab_file), run.logits):.2f}" if scored else ""
-        table.append(table_row(run, baselines[run.backend], operations, peak, f1))
+        table.append(table_row(run, baselines.get(run.backend, runs[0]), operations, peak, f1))
     text = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
     tokens = features.lengths[query].mean()
     device = f", {gpus.describe(gpus.find_gpus())}" if on_gpu and gpus.find_gpus() else ""
     gemm = ", ".join(f"{name} {rate / 1e9:.0f} Gop/s" for name, rate in peak.items())
     samples = f"{len(query)} samples of {tokens:.0f} tokens on average"
     note = f"{folder}{device}, {samples}; rounds: {args.rounds}; peak GEMM: {gemm}"
+    note = "\n\n".join((note, *absent))
     print(text, note, sep="\n\n")
     with atomic_write(os.path.join(FOLDER, "table.md"), REMEDY, "a benchmark's table") as file:
         file.write(f"{text}\n\n{note}\n".encode())
