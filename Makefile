@@ -4,7 +4,7 @@ BACKEND ?= pytorch
 SCENARIO ?= Offline
 CALIBRATION ?= build/data/bert_calibration_features.txt
 PYTHON ?= .venv/bin/python
-PIP = .venv/bin/pip install --disable-pip-version-check --quiet
+PIP = .venv/bin/python -m pip install --disable-pip-version-check --quiet
 TORCH_PIN = $(shell grep ^torch== requirements/pytorch.txt)
 # With TORCH=cpu, PyTorch comes from this index of wheels without CUDA.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -101,7 +101,7 @@ venv: $(call packages,$(BACKEND)) ## create or extend .venv with what BACKEND ne
 
 .venv/.%: requirements/%.txt requirements/base.txt
 	$(if $(call SIZE,$*),@echo "requirements/$*.txt: downloading up to $(call SIZE,$*)$(call CUDA_HINT,$*)")
-	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
 	$(if $(filter cpu,$(TORCH)),$(if $(filter $*,$(WITH_TORCH)),$(PIP) --index-url $(TORCH_CPU_INDEX) $(TORCH_PIN)))
 	$(PIP) -r $<
 	touch $@

@@ -43,7 +43,7 @@ class RunOptions:
     batch_tokens: int | None = None
     profile: bool = False
     user_conf: str = "user.conf"
-    audit_conf: str = "audit.conf"
+    audit_conf: str | None = None  # None: either of loadgen_conf.AUDIT_FILES if it exists
     network: str | None = None
     node: str = ""
     host: str = "localhost"
@@ -156,6 +156,8 @@ def load_backend(options: RunOptions) -> Backend:
         package, reason = fault
         target = "ray" if package == "ray" else name
         needs = f"--backend={options.backend} needs the package {package}"
+        if line := config.out_of_memory(error):
+            raise UserError(f"{needs}: {line}") from None
         if reason:
             remedy = f"remove .venv and run `make venv BACKEND={target}` again"
             raise UserError(f"{needs}, which is installed but broken ({reason}); {remedy}") from None

@@ -16,6 +16,7 @@ from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, require_different_files, require_replaceable
 from models.model_files import read_config, write_config
+from models.weights import return_memory
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
         models = {"tf": f"{folder}/model.pb", "pytorch": pytorch_out, "onnxruntime": onnx_out}
         write_graph(models["tf"], build_graph(bert_config, weights))
         del weights
-        config.return_memory()
+        return_memory()
         for backend, path in models.items():  # one process each: together, BERT-Large in three needs over 16 GiB
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 logits.append(pool.submit(random_logits, backend, path, (MAX_SEQ_LENGTH, 178, 30)).result())

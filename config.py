@@ -5,16 +5,18 @@ automation start every script in the project's folder.
 """
 
 import argparse
+import codecs
 import contextlib
-import ctypes
 import functools
+import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 ROOT = os.path.dirname(os.path.abspath(__file__))  # the project's folder
 BUILD_DIR = "build"
@@ -182,15 +184,6 @@ def threads() -> int:
     return thread_limit("MLC_MAX_NUM_THREADS") or cores()
 
 
-def return_memory() -> None:
-    """Return freed memory to the system; call it after much was freed, in pieces, because glibc keeps it.
-
-    It kept 100 MB after a server's 36 large requests, and 440 MB after BERT-Large was loaded.
-    """
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", id)(0)  # other C libraries have no such function
-
-
 def cpu_flags() -> list[str]:
     """Return the instruction sets of this processor by Linux's names, such as avx512f; none on another system."""
     try:
@@ -205,8 +198,8 @@ def use_gpu() -> bool:
     return os.environ.get("USE_GPU", "").strip().lower() not in ("0", "false", "off", "no")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type's name if it has no message."""
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of an exception's message or of a text, or the type's name if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -221,11 +214,17 @@ def printable(text: str) -> str:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """Return one line for an exception by which a framework reports that memory ran out, None for any other."""
-    line = first_line(error)
-    if not isinstance(error, MemoryError) and "allocat" not in line and "out of memory" not in line:
-        return None
-    return f"out of memory ({line}); free some, or use a smaller model or fewer --batch_tokens"
+    """Return one line for an exception by which a package reports that memory ran out, None for any other."""
+    cause: BaseException | None = error
+    while cause:  # numpy raises an ImportError from that of its library
+        line = first_line(cause)
+        # "failed to map segment" is the dynamic linker's message if a library does not fit
+        found = any(words in line for words in ("allocat", "bad_alloc", "out of memory", "failed to map segment"))
+        if found or isinstance(cause, MemoryError):
+            remedy = "free some, raise `ulimit -v`, or use a smaller model or fewer --batch_tokens"
+            return f"out of memory ({line}); {remedy}"
+        cause = cause.__cause__
+    return None
 
 
 def failure_line(error: BaseException) -> str:
@@ -278,6 +277,9 @@ def import_fault(error: BaseException) -> tuple[str, str] | None:
 def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Write one line for a package that cannot be imported, else the exception's traceback; for sys.excepthook."""
     fault = import_fault(error)
+    if fault and (line := out_of_memory(error)):
+        sys.stderr.write(f"{command_name()}: error: the package {fault[0]}: {line}\n")
+        return
     if fault is None:
         sys.__excepthook__(kind, error, trace)
         return
@@ -288,24 +290,109 @@ def report_missing_package(kind: type[BaseException], error: BaseException, trac
     sys.stderr.write(f"{command_name()}: error: the package {package} {state}; {remedy}; use .venv/bin/python\n")
 
 
+def prepare_process() -> None:
+    """Prepare what no package may find missing: open standard streams, and a working folder.
+
+    A file that is opened while a stream is closed, such as a log, would get its number. Some packages crash in a
+    working folder that was deleted.
+    """
+    sys.excepthook = report_missing_package
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.exit("error: the working folder was deleted; change to another")
+
+
+class StandardStream(io.FileIO):
+    """Write to standard output or error; a write that fails loses the text, but does not end the command's work."""
+
+    fault: OSError | None = None  # of the first write that failed
+
+    def write(self, data: Any) -> int:
+        """Write bytes and return how many were taken; all of them if the write fails."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.fault = self.fault or error
+            return memoryview(data).nbytes
+
+
+def escape(error: UnicodeError) -> tuple[bytes, int]:
+    """Return what stands for characters that a stream's encoding lacks: a file name's own bytes, or an escape."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    try:
+        return text.encode("ascii", "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return text.encode("ascii", "backslashreplace"), error.end
+
+
+def forgiving(stream: TextIO | None) -> Any:
+    """Return a stream like `stream`, standard output or error, on which no write fails."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    codecs.register_error("escape", escape)
+    file: Any = StandardStream(stream.fileno(), "w", closefd=False)
+    binary = file if isinstance(stream.buffer, io.RawIOBase) else io.BufferedWriter(file)
+    lines, through = stream.line_buffering, stream.write_through
+    return io.TextIOWrapper(binary, stream.encoding, "escape", line_buffering=lines, write_through=through)
+
+
+def output_fault() -> OSError | None:
+    """Return the fault of the first write to standard output that failed, None if all could be written."""
+    sys.stdout.flush()
+    binary = getattr(sys.stdout, "buffer", None)
+    fault: OSError | None = getattr(getattr(binary, "raw", binary), "fault", None)
+    return fault
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main()` as a command, with progress and notices on standard error; a UserError becomes exit status 1."""
+    """Run `main()` as a command, with progress and notices on standard error; a UserError becomes exit status 1.
+
+    If standard output or error cannot be written, the work is done all the same. Then the exit status is 141 if nobody
+    reads standard output, 1 if it cannot hold all of it, and not affected by standard error.
+    """
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = forgiving(sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = forgiving(sys.stderr)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False  # TensorFlow installs a handler on the root logger, which would repeat every line
+    end: Any  # an exit status, or a line
     try:
-        sys.exit(main())
+        end = main()
+    except SystemExit as error:
+        end = error.code
     except UserError as error:
-        sys.exit(f"{command_name()}: error: {error}")
+        end = f"{command_name()}: error: {error}"
     except KeyboardInterrupt:
         # 128 + SIGINT, as a shell reports it; at once, because a thread that is loading a model would abort the exit
         end_process("interrupted", 130)
     except Exception as error:
-        if line := out_of_memory(error):
-            sys.exit(f"{command_name()}: error: {line}")
-        if not import_fault(error):
+        if import_fault(error):
+            report_missing_package(type(error), error, None)
+            end = 1
+        elif line := out_of_memory(error):
+            end = f"{command_name()}: error: {line}"
+        else:
             raise
-        report_missing_package(type(error), error, None)
-        sys.exit(1)
+    fault = output_fault()
+    if isinstance(fault, BrokenPipeError):
+        end = end or 128 + signal.SIGPIPE  # silently, as other programs do: the reader has seen enough
+    elif fault:
+        sys.stderr.write(f"{command_name()}: error: standard output: cannot write all of it ({fault.strerror})\n")
+        end = end or 1
+    sys.exit(end)
+
+
+prepare_process()  # here, because modules import their packages before `run_command` runs

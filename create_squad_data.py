@@ -6,6 +6,9 @@ The rules are those of Google BERT's run_squad.py and tokenization.py. A window 
 passage [SEP].
 """
 
+import config  # first, so that it reports packages that cannot be imported
+
+# isort: split
 import hashlib
 import itertools
 import os
@@ -22,7 +25,6 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-import config
 from config import UserError
 from files import atomic_write, file_digest, read_json, read_text, require_replaceable
 

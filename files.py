@@ -14,6 +14,7 @@ from config import UserError, first_line, log_progress, notice, printable
 
 # What flock reports on a file system without locks: Lustre, some NFS (EBADF: it locks only files open for writing).
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
+ANOTHER = "work in another folder"
 
 Recognizer = Callable[[str], bool]  # tells whether the file at a path is of a kind
 
@@ -58,6 +59,20 @@ def with_keys(*keys: str) -> Recognizer:
     return json_object(lambda value: value.keys() >= set(keys))
 
 
+def is_answers(path: str) -> bool:
+    """Tell whether a file holds answers: as `write_json` lays them out, or with SQuAD's question ids as keys.
+
+    A JSON object of strings alone may be anything, such as a user's settings.
+    """
+    ours = starts(rb'\{(\n "|\})')(path)
+
+    def check(answers: dict[str, Any]) -> bool:
+        known = ours or all(re.fullmatch(r"[0-9a-f]{24}", key) for key in answers)
+        return known and all(isinstance(answer, str) for answer in answers.values())
+
+    return json_object(check)(path)
+
+
 # The caches that commands name themselves, by a digest. They are made again, whatever damaged them.
 CACHE_NAME = re.compile(r"(features|int8)-[0-9a-f]{16}\.npz")
 # In a zip file, the first member's name begins at byte 30.
@@ -75,7 +90,7 @@ KINDS: dict[str, Recognizer] = {
     "a vocabulary of BERT": starts(rb"\[PAD\]\r?\n"),
     "a configuration of BERT": with_keys("hidden_size", "num_hidden_layers"),
     "a SQuAD file": with_keys("version", "data"),
-    "a file of answers": json_object(lambda value: all(isinstance(answer, str) for answer in value.values())),
+    "a file of answers": is_answers,
     "a run's record": with_keys("started", "command", "backend"),
     "a run's inputs": with_keys("args", "model"),
     "a report": starts(rb"<!DOCTYPE html>.*BERT on SQuAD under LoadGen</title>"),
@@ -100,6 +115,18 @@ def require_model_file(path: str) -> None:
         refuse_placeholder(path, file_start(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror}); correct its permissions") from None
+
+
+def require_utf8(path: str) -> None:
+    """Raise UserError if the name `path` cannot be given to a library that takes names in UTF-8 only.
+
+    In a locale of ASCII, Python reads all other characters of a name as bytes that are not Unicode.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        name = f"{printable(path)}: this name is not UTF-8, or the locale is not"
+        raise UserError(f"{name}; rename it, or set LC_ALL=C.UTF-8") from None
 
 
 def file_digest(path: str, algorithm: str = "sha256", *more: str) -> str:
@@ -175,6 +202,16 @@ def require_replaceable(path: str, kind: str, remedy: str) -> None:
         raise UserError(f"{path}: cannot read it ({error.strerror}); {remedy}") from None
 
 
+@contextlib.contextmanager
+def disk_faults(folder: str) -> Iterator[None]:
+    """Raise UserError for an OSError in the block, which writes below `folder`."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename2 or error.filename or folder  # the last one is the file that could not be written
+        raise UserError(f"{name}: {error.strerror or error}; free disk space or correct permissions") from None
+
+
 def require_different_files(output: str, *others: str) -> None:
     """Raise UserError if the file `output` is one of `others`, a command's inputs and other outputs."""
     if os.path.realpath(output) in map(os.path.realpath, others):
@@ -225,7 +262,7 @@ def lock_holder(folder: int) -> str:
         return "another process"
 
 
-def lock_folder(path: str, what: str, wait: bool = False, remedy: str = "work in another folder") -> int | None:
+def lock_folder(path: str, what: str, wait: bool = False, remedy: str = ANOTHER) -> int | None:
     """Make the folder `path` and lock it for this process, which runs `what`, such as "a download".
 
     Returns a descriptor: the lock lasts until it is closed or the process ends. Returns None, with a notice, if the
@@ -268,9 +305,9 @@ def lock_folder(path: str, what: str, wait: bool = False, remedy: str = "work in
 
 
 @contextlib.contextmanager
-def locked_folder(path: str, what: str, wait: bool = False) -> Iterator[None]:
+def locked_folder(path: str, what: str, wait: bool = False, remedy: str = ANOTHER) -> Iterator[None]:
     """Hold the lock of the folder `path` in the block; see `lock_folder`."""
-    folder = lock_folder(path, what, wait)
+    folder = lock_folder(path, what, wait, remedy)
     try:
         yield
     finally:

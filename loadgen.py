@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import config
 import loadgen_logs
-from config import UserError, log_progress
+from config import UserError, log_progress, notice
 from loadgen_conf import ANY, AUDIT, MLPERF, MODEL, USER, apply_conf, check_size, find_audit_conf
 
 if TYPE_CHECKING:  # numpy and LoadGen
     from backends import RunOptions
     from squad_SUT import SquadSUT
 
+STOPPED_S = 5  # a longer time between two looks, which are 0.5 s apart, is a notice
 CLOCK_JUMP_S = 0.2  # a larger change between two looks is a jump; NTP keeps a clock in step by smaller ones
 QUICK_S = 10  # minimum duration of a --quick run
 OFFLINE_SLACK = 1.1  # LoadGen sizes Offline's query so that it takes 1.1 times the minimum duration at target_qps
@@ -101,6 +102,7 @@ def wait_for_end(outcome: Outcome, sut: SquadSUT, settings: Any) -> BaseExceptio
         return time.time() - time.monotonic()
 
     start, before = time.monotonic(), offset()
+    last = start
     form = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left"
     with tqdm(total=1, leave=False, bar_format=form, disable=not sys.stderr.isatty()) as bar:
         while True:
@@ -112,7 +114,11 @@ def wait_for_end(outcome: Outcome, sut: SquadSUT, settings: Any) -> BaseExceptio
                 remedy = "do not set the clock, keep the machine awake, and run again"
                 return UserError(f"the clock jumped by {jump:.1f} s, and LoadGen times the run by it; {remedy}")
             before += jump
-            bar.n, text = progress(sut, settings, time.monotonic() - start)
+            now = time.monotonic()
+            if now - last > STOPPED_S:
+                notice(f"this process was stopped for {now - last:.0f} s, which LoadGen's times include")
+            last = now
+            bar.n, text = progress(sut, settings, now - start)
             bar.set_description_str(text)
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import config
 from config import SCENARIOS, UserError, log_progress
-from files import read_text
+from files import read_text, require_utf8
 
 MODEL, ANY = "bert", "*"  # LoadGen applies the lines of these models of user.conf; of an audit file, only those of "*"
-AUDIT_FILES = ("audit.conf", "audit.config")  # run.py's default, and MLCommons' name
+AUDIT_FILES = ("audit.conf", "audit.config")  # the MLPerf reference's name, and MLCommons'
 
 
 class Setting(NamedTuple):
@@ -168,6 +168,7 @@ def apply_conf(settings: Any, path: str, model: str, kind: int) -> None:
     the last. A notice names a line that is replaced although it is not more general than the other. Raises UserError
     unless `settings` then hold what the lines ask for.
     """
+    require_utf8(path)
     scenario = settings.scenario.name
     lines = check_conf(path, model, settings.mode.name == "AccuracyOnly")
     if settings.FromConfig(path, model, scenario, kind):
@@ -209,14 +210,14 @@ def check_value(line: ConfLine, held: Any) -> None:
     raise UserError(f"{line.place}: {fault}; {remedy}")
 
 
-def find_audit_conf(name: str) -> str:
-    """Return the path of the audit file `name`; for run.py's default, that of either of AUDIT_FILES, "" if none exists.
+def find_audit_conf(name: str | None) -> str:
+    """Return the path of the audit file `name`; for None, that of either of AUDIT_FILES, "" if none exists.
 
-    Raises UserError if another name does not exist, or if both of AUDIT_FILES exist and differ.
+    Raises UserError if there is no file `name`, or if both of AUDIT_FILES exist and differ.
     """
-    names = AUDIT_FILES if name == AUDIT_FILES[0] else (name,)
+    names = (name,) if name else AUDIT_FILES
     found = [name for name in names if os.path.isfile(name)]
-    if not found and len(names) == 1:
+    if name and not found:
         raise UserError(f"{name}: no such file; --audit_conf names the settings of a compliance run")
     if len(found) == 2 and not filecmp.cmp(found[0], found[1], shallow=False):
         raise UserError(f"{' and '.join(found)} differ, and LoadGen applies only one; remove the other")

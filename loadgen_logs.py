@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import config
 from config import UserError, log_progress
-from files import lock_folder, read_json, read_text, write_json
+from files import lock_folder, read_json, read_text, require_utf8, write_json
 
 if TYPE_CHECKING:  # numpy
     from backends import Backend, RunOptions
@@ -55,11 +55,15 @@ METRICS = {
 
 
 def log_settings() -> Any:
-    """Return LoadGen's LogSettings: the log folder, and a trace with each sample's latency, for the report."""
+    """Return LoadGen's LogSettings: the log folder, and a trace with each sample's latency, for the report.
+
+    Raises UserError if LoadGen cannot use the folder's name.
+    """
     import mlperf_loadgen as lg
 
     settings = lg.LogSettings()
-    settings.log_output.outdir = config.env("LOG_PATH", config.LOG_DIR)
+    require_utf8(folder := config.env("LOG_PATH", config.LOG_DIR))
+    settings.log_output.outdir = folder
     settings.log_output.copy_summary_to_stdout = False  # it would break into a progress line; run.py prints it
     settings.enable_trace = True  # a thread of LoadGen's writes it
     return settings

@@ -37,6 +37,7 @@ import network_format
 from backends import Backend, BatchPolicy, RunOptions
 from batching import BatchPlan, Pending
 from config import UserError
+from models.weights import return_memory
 from network_format import EMPTY, SEAL, Samples
 from squad_QSL import Batch
 from squad_SUT import SquadSUT, Worker, validate_logits
@@ -195,7 +196,7 @@ class Peers:
             await asyncio.sleep(LOOK_S)
             if self.large and max(self.held.values(), default=0) <= INLINE_BYTES:
                 self.large = False
-                await asyncio.to_thread(config.return_memory)
+                await asyncio.to_thread(return_memory)
             now = time.monotonic()
             for connection, (since, seconds, task) in list(self.waiting.items()):
                 if connection.transport is None:

@@ -14,10 +14,12 @@ from backends import BATCH_TOKENS, RunOptions
 from batching import MIN_VOCAB, check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from files import atomic_write, file_digest, require_model_file
+from files import atomic_write, disk_faults, require_model_file, require_utf8
 from models import gpus
 from models.graph_backend import GraphBackend
-from models.graph_files import Graph, GraphSignature, GraphTensor, one_line, read_onnx_graph, read_signature
+from models.graph_files import Graph, GraphSignature, GraphTensor, one_line, read_signature
+from models.model_files import model_files
+from models.onnx_files import read_onnx_graph
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 SHORTEST = 8  # tokens of a sample, at least; TensorRT's engines are for batches of at most this many tokens a sample
@@ -40,12 +42,26 @@ def providers() -> list[str]:
     return [CPU]
 
 
-def provider_options(use: list[str], signature: GraphSignature | None, options: RunOptions) -> list[dict[str, str]]:
-    """Return the options of each provider of `use`: no TF32 in fp32; TensorRT's engines for all shapes, and kept."""
+def cache_name(path: str) -> str:
+    """Return a name of what ONNX Runtime makes from the model `path`, which differs if one of its inputs does."""
+    return f"{model_files(path).digest()[:16]}-{onnxruntime.__version__}"
+
+
+def provider_options(
+    use: list[str], path: str, signature: GraphSignature | None, options: RunOptions
+) -> list[dict[str, str]]:
+    """Return the options of each provider of `use`: no TF32 in fp32; TensorRT's engines for all shapes, and kept.
+
+    ONNX Runtime names an engine by the names in the graph of the model `path`, so each model has a separate folder.
+    """
     found: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}}
     if TENSORRT in use:
-        found[TENSORRT] = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": TENSORRT_CACHE}
-        found[TENSORRT] |= {"trt_timing_cache_enable": "1", "trt_fp16_enable": str(int(options.dtype == "fp16"))}
+        engines = os.path.join(TENSORRT_CACHE, cache_name(path))
+        with disk_faults(engines):
+            os.makedirs(engines, exist_ok=True)
+        found[TENSORRT] = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": engines}
+        found[TENSORRT] |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": TENSORRT_CACHE}
+        found[TENSORRT]["trt_fp16_enable"] = str(int(options.dtype == "fp16"))
         if signature and signature.batch_size is None and signature.length is None:
             most = max(1, (options.batch_tokens or BATCH_TOKENS) // SHORTEST)
             for name, samples, tokens in (("min", 1, 1), ("opt", min(8, most), 192), ("max", most, MAX_SEQ_LENGTH)):
@@ -78,7 +94,7 @@ def fp16_model(path: str) -> str:
     """Return the path of a copy of the fp32 model `path` in fp16, which ONNX Runtime's optimizer makes once."""
     from onnxruntime.transformers.optimizer import optimize_model
 
-    target = os.path.join(config.CACHE_DIR, f"fp16-{file_digest(path)[:16]}.onnx")
+    target = os.path.join(config.CACHE_DIR, f"fp16-{cache_name(path)}.onnx")
     if not os.path.exists(target):
         config.log_progress(f"writing {target}")
         logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
@@ -106,6 +122,7 @@ class OnnxModel:
 
     def __init__(self, path: str, name: str, options: RunOptions) -> None:
         require_model_file(path)
+        require_utf8(path)
         use = providers()
         graph = read_onnx_graph(path)
         signature = graph and read_signature(name, graph, options.reference)
@@ -121,14 +138,12 @@ class OnnxModel:
         threads = 1 if options.one_batch_per_core and on_cpu else config.thread_limit("MLC_MAX_NUM_THREADS")
         settings.intra_op_num_threads = threads or 0  # 0: one per core
         settings.log_severity_level = 3  # errors only
-        if TENSORRT in use:
-            os.makedirs(TENSORRT_CACHE, exist_ok=True)
         if not on_cpu:
             onnxruntime.preload_dlls()  # CUDA's, if pip installed them, as in the Docker image
         disabled = {"SkipLayerNormFusion"} if on_cpu else None  # it takes longer than an addition and a norm
         with one_line(name, f"ONNX Runtime cannot load it, {graph.version if graph else 'an ONNX file'}"):
             self.session = onnxruntime.InferenceSession(
-                path, settings, use, provider_options(use, signature, options), disabled_optimizers=disabled
+                path, settings, use, provider_options(use, path, signature, options), disabled_optimizers=disabled
             )
             self.signature = signature or read_signature(name, session_graph(self.session), options.reference)
         check_provider(use[0], self.session.get_providers()[0])

@@ -10,7 +10,8 @@ import config
 from backends import RunOptions
 from files import require_model_file
 from models.graph_backend import GraphBackend
-from models.graph_files import SHORT_NAMES, Graph, GraphNode, GraphTensor, one_line, read_onnx_graph, read_signature
+from models.graph_files import SHORT_NAMES, Graph, GraphNode, GraphTensor, one_line, read_signature
+from models.onnx_files import read_onnx_graph
 
 # OpenVINO's names of the precisions by --dtype; with another --dtype all that is not quantized runs in f32.
 PRECISIONS = {"bf16": "bf16", "fp16": "f16"}

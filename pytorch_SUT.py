@@ -5,7 +5,6 @@ packed_bert.py computes them on a CPU, cuda_bert.py on GPUs.
 
 import os
 import platform
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -80,9 +79,10 @@ class PyTorchBackend(Backend):
         if self.device.type == "cpu" and not cpu_runs(dtype):
             config.notice(f"this processor has no {dtype} instructions; running in fp32")
             dtype = "fp32"
+        self.dtype = dtype
         self.gpu = gpus.describe(gpus.find_gpus()) if self.device.type == "cuda" else None
         self.name = f"PyTorch {torch.__version__}, {self.gpu or 'cpu'}, {dtype}"
-        self.bert: Callable[[Batch], Tensor]
+        self.bert: Bert | cuda_bert.CudaBerts
         with torch.inference_mode():
             if self.gpu:
                 self._load_on_gpus(options, bert_config, weights)
@@ -130,6 +130,7 @@ class PyTorchReference(Backend):
     """Run the baseline, as the MLPerf reference does: Hugging Face's BERT in fp32, batch size 1, padded to 384."""
 
     batch_policy = "single"
+    dtype = "fp32"
 
     def __init__(self, options: RunOptions) -> None:
         try:

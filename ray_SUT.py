@@ -53,6 +53,7 @@ class Description(NamedTuple):
     batch_policy: BatchPolicy
     batch_tokens: int
     in_flight: int
+    dtype: str | None
 
 
 def connect() -> None:
@@ -154,6 +155,7 @@ class RayBackend(Backend):
         (actor,) = descriptions
         self.vocab_size, self.batch_policy = actor.vocab_size, actor.batch_policy
         self.batch_tokens, self.in_flight = actor.batch_tokens, actor.in_flight
+        self.model_path, self.dtype = model, actor.dtype
         self.concurrency = 2 * len(placements)  # for each actor a batch that runs and one that is on its way
         nodes = {node for node, _ in placements}
         self.name = f"Ray {ray.__version__}, {len(placements)} actors on {len(nodes)} nodes: {actor.name}"

@@ -73,7 +73,7 @@ def parse_args(words: list[str] | None = None) -> RunOptions:
 
     add = group("LoadGen's settings")
     add("--user_conf", metavar="FILE", help="LoadGen's settings for the system (default: %(default)s)")
-    audit = "LoadGen's settings for a compliance run, used if the file exists (default: %(default)s or audit.config)"
+    audit = "LoadGen's settings for a compliance run (default: audit.conf or audit.config if there is such a file)"
     add("--audit_conf", metavar="FILE", help=audit)
     add("--mlperf_conf", metavar="FILE", help="ignored: LoadGen contains MLPerf's settings")
 

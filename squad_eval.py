@@ -3,6 +3,9 @@
 python3 squad_eval.py DATASET PREDICTIONS.json     scores ready answers, {question id: answer}
 """
 
+import config  # first, so that it reports packages that cannot be imported
+
+# isort: split
 import json
 import re
 import string
@@ -12,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH, WORD, Features, Question, Squad, basic_tokens, read_squad
 from files import read_json, write_json

@@ -77,6 +77,10 @@ def nodes_and_constants(definition: Any) -> tuple[list[GraphNode], dict[str, Gra
         if node.op == "Const":
             value = node.attr["value"].tensor
             shape, dtype = tuple(size.size for size in value.tensor_shape.dim), tf.as_dtype(value.dtype)
+            # TensorFlow takes a constant without values for zeros, which it may be if it is no matrix of weights.
+            stored = any(field.name.endswith(("_content", "_val")) for field, _ in value.ListFields())
+            if dtype.is_floating and len(shape) == 2 and min(shape) > 1 and not stored:
+                raise ValueError(f"the weight {node.name} has no values")
             few = dtype.is_integer and sum(shape) < 10
             constants[name] = GraphTensor(
                 name, dtype.name, shape, tuple(tf.make_ndarray(value).flatten().tolist()) if few else ()
@@ -108,7 +112,7 @@ def read_graph(path: str) -> tuple[tf.Graph, dict[str, np.ndarray], Graph]:
     inputs = [tensor(port) for port in ports if named(port, INPUTS)]
     inputs = inputs or [tensor(port) for port in ports if port.op.type == "Placeholder"]
     results = [port for port in ports if named(port, OUTPUTS) and port.dtype.is_floating or port.name not in used]
-    outputs = list(map(tensor, results))
+    outputs = [tensor(port) for port in results if port.op.type != "Placeholder"]  # a graph may have inputs without use
     version = f"producer version {definition.versions.producer}"
     return graph, values, Graph(inputs, outputs, nodes, constants, version)
 

@@ -20,7 +20,7 @@ from convert.pytorch_to_onnx import write_model
 from convert.verify import load_model, new_files
 from create_squad_data import load_features, read_calibration
 from files import require_different_files, require_replaceable
-from models.graph_files import opset, read_onnx
+from models.onnx_files import opset, read_onnx
 from onnxruntime_SUT import OnnxModel
 from squad_QSL import SquadQSL
 
@@ -129,12 +129,15 @@ def main() -> None:
     """Quantize the file that the command line names."""
     calibration = config.env("CALIBRATION_FILE", config.CALIBRATION)
     parser = config.argument_parser(__doc__)
-    parser.add_argument("--onnx", default=config.ONNX_MODEL, help="the fp32 model (default: %(default)s)")
+    parser.add_argument(
+        "--onnx", default=config.ONNX_MODEL, help="the fp32 model, also hf://ORG/NAME/FILE (default: %(default)s)"
+    )
     parser.add_argument("--out", default=config.ONNX_INT8_MODEL, help="default: %(default)s")
     parser.add_argument("--dataset", help=f"SQuAD v1.1 JSON file {config.DATASET_DEFAULT}")
     parser.add_argument("--vocab_file", help=f"BERT's vocab.txt {config.VOCAB_DEFAULT}")
     parser.add_argument("--calibration", default=calibration, help="default: %(default)s")
     args = parser.parse_args()
+    args.onnx = config.local_model(args.onnx)
     require_different_files(args.out, args.onnx)
     require_replaceable(args.out, "an ONNX model", "give another --out")
     squad, features = load_features(*config.dataset_files(args.dataset, args.vocab_file))

@@ -10,7 +10,7 @@ import numpy as np
 
 from backends import Backend, RunOptions, load_backend
 from config import UserError
-from files import KINDS, require_replaceable
+from files import KINDS, locked_folder, require_replaceable
 from models.model_files import model_files
 from squad_QSL import Batch
 
@@ -43,11 +43,12 @@ def new_files(path: str, second: str = "") -> Iterator[str]:
             kind = next((kind for kind, matches in KINDS.items() if matches(new)), "a new file")
             if old not in older and (kind != "a new file" or second):
                 require_replaceable(old, kind, REMEDY_PATH)
-        for name in names:
-            os.replace(os.path.join(part, name), os.path.join(folder, name))
-        for file in older:
-            if os.path.basename(file) not in names:
-                os.unlink(file)
+        with locked_folder(folder, "a converter", wait=True):  # so that files of two converters are never mixed
+            for name in names:
+                os.replace(os.path.join(part, name), os.path.join(folder, name))
+            for file in older:
+                if os.path.basename(file) not in names:
+                    os.unlink(file)
     except UserError as error:
         raise UserError(str(error).replace(part, os.path.dirname(path) or os.curdir) if part else str(error)) from None
     except OSError as error:

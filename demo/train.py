@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import config
 from create_squad_data import DOC_STRIDE, Features, Question, Squad, basic_tokens, make_features, read_squad
-from files import atomic_write, read_json
+from files import atomic_write, locked_folder, read_json
 
 SEED = 1
 THREADS = 2  # part of the recipe: another number adds floats in another order and gives other weights
@@ -251,9 +251,10 @@ def save(model: Any, tokens: list[str], folder: str) -> None:
         "model.safetensors": (content, "a safetensors file"),
         "config.json": (bert_config, "a configuration of BERT"),
     }
-    for name, (data, kind) in files.items():
-        with atomic_write(os.path.join(folder, name), remedy, kind) as file:
-            file.write(data)
+    with locked_folder(folder, "demo.train", wait=True):  # because the files belong together
+        for name, (data, kind) in files.items():
+            with atomic_write(os.path.join(folder, name), remedy, kind) as file:
+                file.write(data)
     count = sum(weight.numel() for weight in weights.values())
     print(f"{folder}: {count:,} weights, {sum(len(data) for data, _ in files.values()):,} bytes")
 

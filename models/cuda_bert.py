@@ -6,7 +6,6 @@ the kernels, streams and graphs; `make gpu_check` checks and measures it on a GP
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
@@ -29,9 +29,7 @@ TOKENS_PER_MULTIPROCESSOR = 128
 # the host instead of about 170. In larger batches, the launches take less time than the GPU needs to compute.
 GRAPH_TOKENS = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)
 GRAPH_SAMPLES = 16
-MOVES = ("out", "qkv"), ("down", "up")  # see `move_bias`: the layers whose bias moves, and those that take it away
 FLASH = (8, 0)  # the lowest compute capability of FlashAttention and of bf16
-
 
 Weights = dict[str, Tensor]  # by Hugging Face's names, fp32
 
@@ -67,8 +65,7 @@ def efficient_attention(qkv: Tensor, heads: int, ends: Tensor) -> Tensor:
     """Compute what `flash_attention` does, in fp32 and on older GPUs too."""
     q, k, v = qkv.view(1, qkv.shape[0], 3, heads, -1).unbind(2)
     fixed = None, ends, ends, MAX_SEQ_LENGTH, MAX_SEQ_LENGTH, 0.0, 0, False
-    result = torch.ops.aten._efficient_attention_forward(q, k, v, *fixed, scale=1.0)
-    return result[0].flatten(2).squeeze(0)
+    return torch.ops.aten._efficient_attention_forward(q, k, v, *fixed, scale=1.0)[0].flatten(2).squeeze(0)
 
 
 def move_bias(norm: tuple[Tensor, Tensor], added: Linear, reader: Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -121,27 +118,17 @@ class CudaBert(Bert):
     ) -> None:
         size = bert_config["hidden_size"] // bert_config["num_attention_heads"]
         if size % 8 or size > 256:
-            need = "a multiple of 8 up to 256"
-            raise UserError(f"the model's attention heads have {size} values, and a GPU needs {need}; set USE_GPU=0")
-        linears: dict[str, CudaLinear] = {}
-
-        def make_linear(name: str, weight: Tensor, bias: Tensor) -> Linear:
-            linears[name] = CudaLinear(weight, bias)
-            return linears[name]
-
-        super().__init__(bert_config, weights, device, dtype, make_linear)
+            raise UserError(f"attention heads of {size} values: a GPU needs a multiple of 8 up to 256; set USE_GPU=0")
+        super().__init__(bert_config, weights, device, dtype, lambda name, weight, bias: CudaLinear(weight, bias))
         norms = [self.embedding_norm, *(norm for layer in self.layers for norm in (layer[2], layer[5]))]
-        pairs = [(f"{layer}.{pair[0]}", f"{layer}.{pair[1]}") for layer in range(len(self.layers)) for pair in MOVES]
-        last = norms.pop()  # to whose output nothing is added
-        norms = [move_bias(norm, linears[one], linears[other], dtype) for norm, (one, other) in zip(norms, pairs)]
-        norms.append((last[0].to(dtype), last[1].to(dtype)))  # CUDA's norm takes only weights of its input's dtype
-        for linear in linears.values():
+        # Of each norm but the last: the layer whose bias moves into it, and the one that takes it away.
+        pairs = [pair for qkv, out, _, up, down, _ in self.layers for pair in ((out, qkv), (down, up))]
+        moved = [move_bias(norm, added, reader, dtype) for norm, (added, reader) in zip(norms, pairs)]
+        moved.append((norms[-1][0].to(dtype), norms[-1][1].to(dtype)))  # CUDA's norm takes only its input's dtype
+        for linear in (linear for qkv, out, _, up, down, _ in self.layers for linear in (qkv, out, up, down)):
             linear.weight, linear.bias = linear.weight.to(dtype), linear.bias.to(dtype)
-        self.embedding_norm = norms[0]
-        self.layers = [
-            (qkv, out, norms[2 * layer + 1], up, down, norms[2 * layer + 2])
-            for layer, (qkv, out, _, up, down, _) in enumerate(self.layers)
-        ]
+        self.embedding_norm, parts = moved[0], zip(self.layers, moved[1::2], moved[2::2])
+        self.layers = [(qkv, out, one, up, down, two) for (qkv, out, _, up, down, _), one, two in parts]
         flash = dtype != torch.float32 and torch.cuda.get_device_capability(device) >= FLASH
         self.attention, self.rows = flash_attention if flash else efficient_attention, 1
 
@@ -173,8 +160,7 @@ class CudaBert(Bert):
         try:
             sent = input_rows(slot.inputs, size)
             rows = sent.numpy()
-            for row, values in zip(rows, packed_inputs(batch)):
-                row[:tokens], row[tokens:] = values, 0
+            rows[:3, :tokens], rows[:3, tokens:] = packed_inputs(batch), 0
             rows[3, 0], rows[3, 1 : samples + 1], rows[3, samples + 1 :] = 0, np.cumsum(batch.lengths), tokens
             with self.lock, torch.cuda.stream(self.stream):
                 input_rows(self.device_inputs, size).copy_(sent, non_blocking=True)
@@ -223,18 +209,12 @@ class CudaBerts:
 
 def batch_tokens() -> int:
     """Return the default limit of a batch in tokens, for the visible GPU with the fewest multiprocessors."""
-    properties = map(torch.cuda.get_device_properties, devices())
-    return TOKENS_PER_MULTIPROCESSOR * int(min(device.multi_processor_count for device in properties))
+    counts = (torch.cuda.get_device_properties(device).multi_processor_count for device in devices())
+    return TOKENS_PER_MULTIPROCESSOR * int(min(counts))
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Return the operations/s of the product of two matrices of `size` rows and columns; best of five."""
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):  # the first loads the kernel
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        x @ y
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
+    timer = Timer("x @ y", globals={"x": x, "y": y})  # waits for the GPU
+    return 2 * size**3 / float(min(timer.timeit(1).mean for _ in range(5)))

@@ -1,24 +1,21 @@
 """Read what the graph of a model file states, by the same rules for every framework.
 
-Inputs and outputs are found by name, number, dtype and shape, never by position. An ONNX file is read here; the other
-backends describe their files as a `Graph`.
+Inputs and outputs are found by name, number, dtype and shape, never by position. onnx_files.py reads
+ONNX files; the backends describe other files as a `Graph`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import mmap
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from files import require_model_file
 
 REMEDY = "`make convert` writes files that fit"
 SHORT_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -44,7 +41,7 @@ DYNAMIC = ("DynamicQuantize",)  # beginnings of names
 INT8 = (*DYNAMIC, "QLinear", "QAttention", "QGemm", "MatMulInteger", "QuantizedMatMul")
 
 
-LARGE = 1000  # bytes: a field of a weight from this size on holds its values
+LONGEST = 500  # characters of a library's message; TensorFlow's may hold a weight's values
 
 
 @contextlib.contextmanager
@@ -55,7 +52,8 @@ def one_line(path: str, fault: str, line: Callable[[BaseException], str] = confi
     except (UserError, ImportError):
         raise
     except Exception as error:  # each library has other types of exceptions for damage
-        raise UserError(f"{path}: {config.out_of_memory(error) or f'{fault} ({line(error)}); {REMEDY}'}") from None
+        reason = line(error)[:LONGEST]
+        raise UserError(f"{path}: {config.out_of_memory(error) or f'{fault} ({reason}); {REMEDY}'}") from None
 
 
 class GraphTensor(NamedTuple):
@@ -84,135 +82,6 @@ class Graph(NamedTuple):
     nodes: list[GraphNode]
     constants: dict[str, GraphTensor]
     version: str  # of the file's format, for messages
-
-
-def fields(data: Any, start: int, end: int) -> Iterator[tuple[int, slice, tuple[int, int]]]:
-    """Yield (number, place, place of the content) of each field of the protobuf message `data[start:end]`.
-
-    Raises ValueError if it is no such message.
-    """
-
-    def integer(place: int) -> tuple[int, int]:  # and the place after it
-        value = shift = 0
-        while place < end:
-            value |= (data[place] & 127) << shift
-            place, shift = place + 1, shift + 7
-            if data[place - 1] < 128:
-                return value, place
-        raise ValueError("it is cut off")
-
-    while start < end:
-        key, content = integer(start)
-        sizes = {0: 0, 1: 8, 2: 0, 5: 4}  # bytes after the key by the field's type; 0: a number, 2: any bytes
-        if key & 7 not in sizes:
-            raise ValueError("it is no protobuf message")
-        size = sizes[key & 7]
-        if key & 7 == 0:
-            size = integer(content)[1] - content
-        elif key & 7 == 2:
-            size, content = integer(content)
-        stop = content + size
-        if stop > end:
-            raise ValueError("it is cut off")
-        yield key >> 3, slice(start, stop), (content, stop)
-        start = stop
-
-
-def parse_onnx(path: str) -> Any:
-    """Return an ONNX file as an onnx.ModelProto without the values of large weights.
-
-    BERT-Large's file takes 0.1 s and 1 MB, with onnx.load 3 s and 2.6 GB. Raises ValueError or protobuf's exceptions.
-    """
-    import onnx
-
-    model = onnx.ModelProto()
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for number, place, content in fields(data, 0, len(data)):
-            if number != onnx.ModelProto.GRAPH_FIELD_NUMBER:
-                model.MergeFromString(data[place])
-                continue
-            for number_in_graph, part, tensor_content in fields(data, *content):
-                if number_in_graph != onnx.GraphProto.INITIALIZER_FIELD_NUMBER:
-                    model.graph.MergeFromString(data[part])
-                    continue
-                tensor = model.graph.initializer.add()
-                for _, field, _ in fields(data, *tensor_content):
-                    if field.stop - field.start < LARGE:
-                        tensor.MergeFromString(data[field])
-    return model
-
-
-def read_onnx(path: str, weights: bool = False) -> Any:
-    """Read an ONNX file as an onnx.ModelProto, with the values of large weights only if `weights`.
-
-    A weight that is also an input, as in the first versions of the format, is only a weight. Raises UserError if the
-    file is missing, damaged, newer than the package onnx or no ONNX model, or if a second file with weights is missing
-    or too short.
-    """
-    require_model_file(path)
-    import onnx
-    from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
-
-    folder = os.path.dirname(path)
-    with one_line(path, "damaged or not an ONNX model"):
-        model = onnx.load(path, load_external_data=False) if weights else parse_onnx(path)
-        graph = model.graph
-        if not graph.node:
-            raise ValueError("it holds no graph")
-        known = onnx.IR_VERSION, onnx.defs.onnx_opset_version()
-        if model.ir_version > known[0] or opset(model) > known[1]:
-            fault = f"IR version {model.ir_version}, opset {opset(model)} is newer than {known[0]} and {known[1]}"
-            remedy = "export the model again with an older opset, or update onnx"
-            raise UserError(f"{path}: {fault}, the newest that onnx {onnx.__version__} knows; {remedy}")
-        for tensor in filter(uses_external_data, graph.initializer):
-            info = ExternalDataInfo(tensor)
-            second = os.path.join(folder, info.location)
-            end = (info.offset or 0) + (info.length or 0)
-            if not os.path.isfile(second) or os.path.getsize(second) < end:
-                fault = "is too short" if os.path.isfile(second) else "is missing"
-                raise UserError(f"{path}: its weights are in {second}, which {fault}; put that file beside it")
-        if weights:
-            load_external_data_for_model(model, folder)
-    names = {tensor.name for tensor in graph.initializer}
-    for value in [value for value in graph.input if value.name in names]:
-        graph.input.remove(value)
-    return model
-
-
-def opset(model: Any) -> int:
-    """Return the version of ONNX's operators that a model uses, 0 if it uses none."""
-    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-
-
-def onnx_graph(model: Any) -> Graph:
-    """Return what an onnx.ModelProto of `read_onnx` states."""
-    from onnx import helper, numpy_helper
-
-    def dtype(number: int) -> str:
-        try:
-            return str(helper.tensor_dtype_to_np_dtype(number).name)
-        except KeyError:
-            return f"ONNX's type {number}"
-
-    def tensor(value: Any) -> GraphTensor:  # of a ValueInfoProto
-        kind = value.type.tensor_type
-        return GraphTensor(value.name, dtype(kind.elem_type), tuple(size.dim_value or None for size in kind.shape.dim))
-
-    def constant(name: str, proto: Any) -> GraphTensor:
-        kind, shape = dtype(proto.data_type), tuple(proto.dims)
-        few = kind.startswith("int") and math.prod(shape) < 10 and not proto.external_data
-        return GraphTensor(name, kind, shape, tuple(numpy_helper.to_array(proto).flatten().tolist()) if few else ())
-
-    constants = {proto.name: constant(proto.name, proto) for proto in model.graph.initializer}
-    nodes = []
-    for node in model.graph.node:
-        attributes = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type == "Constant" and "value" in attributes:
-            constants[node.output[0]] = constant(node.output[0], attributes["value"].t)
-        cast = dtype(attributes["to"].i) if node.op_type == "Cast" else ""
-        nodes.append(GraphNode(node.op_type, tuple(node.input), tuple(node.output), cast))
-    version = f"IR version {model.ir_version}, opset {opset(model)}"
-    return Graph(list(map(tensor, model.graph.input)), list(map(tensor, model.graph.output)), nodes, constants, version)
 
 
 class GraphReader:
@@ -306,19 +175,6 @@ class GraphReader:
         return (pairs[0][0], pairs[0][1]) if len(pairs) == 1 else None
 
 
-def read_onnx_graph(path: str) -> Graph | None:
-    """Return what an ONNX file states, None if the package that reads it is missing. Raises UserError."""
-    try:
-        with one_line(path, "damaged or not an ONNX model"):
-            return onnx_graph(read_onnx(path))
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        missing = "the package onnx is missing, which reads what the file states"
-        config.notice(f"{path}: {missing}; its vocabulary, dtype and quantization may not be checked")
-        return None
-
-
 @dataclass(frozen=True)
 class GraphSignature:
     """What a backend must know of a graph that it can run."""
@@ -373,13 +229,15 @@ def read_signature(path: str, graph: Graph, reference: bool) -> GraphSignature:
     if not {tensor.dtype for tensor in inputs} <= {"int32", "int64"}:
         raise UserError(f"{path}: the inputs are {describe(inputs)}, expected int64 or int32; {REMEDY}")
     batch_size, length = graph_shape(path, [tensor.shape for tensor in inputs], reference)
-    reader = GraphReader(graph)
-    words, masks, segments = (reader.table_rows(tensor.name) for tensor in inputs)
-    if masks and not segments:
-        names = f"{inputs[1].name} and {inputs[2].name}"
-        raise UserError(f"{path}: {names} are swapped, the mask selects from a table; export the model again")
-    if segments == 1:
-        fault = f"the table of {inputs[2].name} has 1 row (type_vocab_size 1), questions and passages need 2"
-        raise UserError(f"{path}: {fault}; give a BERT that was trained with segments")
-    outputs = find_outputs(path, reader)
-    return GraphSignature(inputs, outputs, batch_size, length, words, reader.dtype(), reader.depends_on_batch())
+    with one_line(path, "the graph is damaged"):
+        reader = GraphReader(graph)
+        words, masks, segments = (reader.table_rows(tensor.name) for tensor in inputs)
+        if masks and not (words and segments):
+            names = f"{inputs[1].name} and {inputs[2 if words else 0].name}"
+            raise UserError(f"{path}: {names} are swapped, the mask selects from a table; export the model again")
+        if segments == 1:
+            fault = f"the table of {inputs[2].name} has 1 row (type_vocab_size 1), questions and passages need 2"
+            raise UserError(f"{path}: {fault}; give a BERT that was trained with segments")
+        outputs = find_outputs(path, reader)
+        dtype, depends_on_batch = reader.dtype(), reader.depends_on_batch()
+    return GraphSignature(inputs, outputs, batch_size, length, words, dtype, depends_on_batch)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import config
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
-from files import file_digest, read_json, require_model_file, require_replaceable, write_json
+from files import KINDS, file_digest, read_json, require_model_file, require_replaceable, write_json
 from models.state_dicts import WORDS, is_mapped, read_tensors
 from models.weights import Weights
 
@@ -48,6 +48,7 @@ OTHER_FILES = {
 
 WIDTHS = ("hidden_size", "intermediate_size")
 COUNTS = ("num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings", "type_vocab_size")
+MAX_LAYERS = 1000  # the names of all weights are listed before the file is read; BERT-Large has 24 layers
 # Hugging Face's values for keys that a configuration may lack.
 DEFAULTS = {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
 # Values of other keys that this project's BERT computes. gelu_python is the same function as gelu; gelu_new and others
@@ -86,7 +87,7 @@ class ModelFiles(NamedTuple):
 
     config_file: str  # BERT's configuration
     weights: str  # the weights, the index of their shards, or a graph
-    parts: tuple[str, ...] = ()  # the shards, or the files of an ONNX file's external data
+    parts: tuple[str, ...] = ()  # the shards, the files of an ONNX file's external data, or the .bin of an .xml file
 
     def digest(self, algorithm: str = "sha256") -> str:
         """Return the digest of the weights; shards count as one file, in the order of their names. Raises UserError."""
@@ -108,8 +109,10 @@ def model_files(model: str) -> ModelFiles:
     parts: Iterable[str] = ()
     if weights.endswith(INDEX):
         parts = sorted(set(read_index(weights).values()))
-    elif weights.endswith(".onnx"):
+    elif weights.endswith(".onnx") or os.path.isfile(weights) and KINDS["an ONNX model"](weights):
         parts = external_data(weights)
+    elif weights.endswith(".xml") and os.path.isfile(f"{weights[:-4]}.bin"):  # OpenVINO's
+        parts = [f"{os.path.basename(weights)[:-4]}.bin"]
     place = os.path.dirname(weights)
     return ModelFiles(config_files[0], weights, tuple(os.path.join(place, name) for name in parts))
 
@@ -177,6 +180,8 @@ def read_config(path: str) -> dict[str, Any]:
     for name in WIDTHS + COUNTS:
         value = bert_config.get(name)
         require(type(value) is int and value > 0, f"{name} must be a whole number above 0, not {value!r}")
+    layers = bert_config["num_hidden_layers"]
+    require(layers <= MAX_LAYERS, f"num_hidden_layers {layers} is above {MAX_LAYERS}")
     epsilon = bert_config["layer_norm_eps"]
     require(isinstance(epsilon, float) and 0 < epsilon < 1, f"layer_norm_eps must be between 0 and 1, not {epsilon!r}")
     hidden, heads = bert_config["hidden_size"], bert_config["num_attention_heads"]
@@ -311,6 +316,9 @@ def open_weights(model: str) -> tuple[dict[str, Any], Weights]:
     if odd := [name for name in shapes if not tensors[name].is_floating_point()]:
         dtype, remedy = tensors[odd[0]].dtype, "give the model before its quantization"
         raise UserError(f"{path}: {odd[0]} is {dtype}, not a floating-point type; {remedy}")
+    if odd := [name for name in shapes if str(tensors[name].layout) != "torch.strided" or tensors[name].is_meta]:
+        found_as = "without values (on the device meta)" if tensors[odd[0]].is_meta else str(tensors[odd[0]].layout)
+        raise UserError(f"{path}: {odd[0]} is {found_as}, not a dense tensor; save the model with dense tensors")
     broken = [name for name in shapes if not is_finite(tensors[name].detach())]
     if broken:
         raise UserError(f"{path}: {broken[0]} holds NaN or infinity ({len(broken)} weights do); fetch the file again")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import config
+from models.weights import return_memory
 from squad_QSL import Batch
 
 # On a CPU the rows of a linear layer's input are filled up to a multiple of ROWS, and so are a sample's in attention
@@ -150,7 +150,7 @@ class Bert:
         names = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
         self.words, self.positions, self.types = (weights.pop(name).to(device, dtype, copy=True) for name in names)
         self.embedding_norm = pair("bert.embeddings.LayerNorm")
-        self.layers = []
+        self.layers: list[tuple[Any, ...]] = []  # query, key and value; output; its norm; up; down; its norm
         for layer in range(bert_config["num_hidden_layers"]):
             prefix = f"bert.encoder.layer.{layer}"
             qkv = make_linear(f"{layer}.qkv", *queries_keys_values(f"{prefix}.attention.self"))
@@ -159,7 +159,7 @@ class Bert:
             down = make_linear(f"{layer}.down", *pair(f"{prefix}.output.dense", copy=False))
             out_norm, down_norm = pair(f"{prefix}.attention.output.LayerNorm"), pair(f"{prefix}.output.LayerNorm")
             self.layers.append((qkv, out, out_norm, up, down, down_norm))
-            config.return_memory()  # of the layer's tensors in fp32
+            return_memory()  # of the layer's tensors in fp32
         self.answer = Linear(*pair("qa_outputs"))
 
     def __call__(self, batch: Batch) -> Tensor:

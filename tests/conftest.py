@@ -1,15 +1,21 @@
 """The fixtures that several test modules use; helpers.py has the functions."""
 
+import os
 import sys
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from helpers import DEMO_ENV, SHARED, main_of, random_bert, run_script
+from helpers import DEMO_ENV, EXACT, SHARED, main_of, predict, random_batch, random_bert, refused, run_script
 
 from backends import RunOptions, load_backend
 from config import UserError
+
+# OpenMP's threads spin while they wait. Two workers share the cores, so spinning threads of one take them from the
+# other: a SingleStream run of the demo took 66 s of processor time beside other tests, and 7 s without spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items):
@@ -80,6 +86,60 @@ def tiny(tmp_path_factory):
         write_model(str(folder / f"{name}.onnx"), build_model(bert_config, weights, length))
         write_graph(str(folder / f"{name}.pb"), build_graph(bert_config, weights, (1 if length else None, length)))
     return SimpleNamespace(bert_config=bert_config, weights=weights, folder=folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_logits(tiny):
+    """Return (batch, its logits by the tiny BERT in PyTorch)."""
+    batch = random_batch(40, 7, 40, vocab_size=50)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ML_MODEL_FILE_WITH_PATH", str(tiny.folder / "model"))
+        return batch, predict(load_backend(RunOptions(backend="pytorch")), batch)
+
+
+@pytest.fixture
+def check_form(load, tiny_logits, caplog):
+    """Return a function that asserts that a backend runs a file with the tiny BERT's graph, or refuses it.
+
+    check_form(path, backend, result): `result` is a list of the refusal's words, or attributes of the backend with what
+    they must be; "within" is how near the logits must be, "notice" what must be logged.
+    """
+
+    def call(path, backend, result):
+        if isinstance(result, list):
+            with refused(path.name, *result):
+                load(path, backend)
+            return
+        attributes = {"vocab_size": 60, "dtype": "fp32", "within": EXACT, "notice": ""} | result
+        if backend != "onnxruntime":
+            attributes["batch_policy"] = "single"  # as always on a CPU
+        loaded = load(path, backend)
+        batch, expected = tiny_logits
+        logits = predict(loaded, batch)
+        assert logits.dtype == np.float32 and logits.shape == expected.shape
+        assert np.abs(logits - expected).max() < attributes.pop("within")
+        assert attributes.pop("notice") in caplog.text
+        assert {name: getattr(loaded, name) for name in attributes} == attributes
+        assert loaded.dtype in loaded.name.split(", ")
+
+    return call
+
+
+@pytest.fixture
+def server():
+    """Return a running mirror of downloads, see `mirrors.mirror_server`."""
+    from mirrors import mirror_server
+
+    with mirror_server() as server:
+        yield server
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Return an empty folder of a project that downloads, see `mirrors.project`."""
+    from mirrors import project
+
+    return project(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")

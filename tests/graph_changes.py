@@ -189,6 +189,25 @@ def weights_are_inputs(model, folder):
     model.graph.input.extend(values)
 
 
+def weight(change):
+    """Return a change of a layer's matrix by `change(tensor)`."""
+
+    def change_model(model, folder):
+        change(next(tensor for tensor in model.graph.initializer if tensor.name.endswith("intermediate.dense.kernel")))
+
+    return change_model
+
+
+def not_a_number(tensor):
+    values = numpy_helper.to_array(tensor).copy()
+    values[0, 0] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def node_without_inputs(model, folder):
+    next(node for node in model.graph.node if node.op_type == "Squeeze").ClearField("input")
+
+
 def version(ir=None, opset=None):
     def change(model, folder):
         model.ir_version = ir or model.ir_version
@@ -223,14 +242,16 @@ def int8_weights(model, folder):
 
 def static_int8(model, folder):
     """Quantize the inputs of the products by constant scales."""
-    for name, value in (("scale", np.float32(8 / 127)), ("zero", np.int8(0))):
+    for name, value in (("static_scale", np.float32(8 / 127)), ("static_zero", np.int8(0))):
         model.graph.initializer.append(numpy_helper.from_array(value, name))
     for product in [node for node in model.graph.node if node.op_type == "MatMul" and ".kernel" in node.input[1]]:
         source, kernel = product.input
         place = list(model.graph.node).index(product)
         product.input[0] = f"{kernel}_fake"
-        model.graph.node.insert(place, node("DequantizeLinear", f"{kernel}_int8", "scale", "zero", f"{kernel}_fake"))
-        model.graph.node.insert(place, node("QuantizeLinear", source, "scale", "zero", f"{kernel}_int8"))
+        model.graph.node.insert(
+            place, node("DequantizeLinear", f"{kernel}_int8", "static_scale", "static_zero", f"{kernel}_fake")
+        )
+        model.graph.node.insert(place, node("QuantizeLinear", source, "static_scale", "static_zero", f"{kernel}_int8"))
 
 
 def dynamic_int8(model, folder):

@@ -23,6 +23,8 @@ DEMO_ENV = {
     "VOCAB_FILE": str(ROOT / "demo/model/vocab.txt"),
     "DATASET_FILE": str(ROOT / "demo/dev.json"),
 }
+DEMO_SCORE = {"exact_match": 86.82634730538922, "f1": 90.56021988656722}  # in fp32
+DEMO_ONNX = str(ROOT / "demo/model/model.onnx")
 # Every backend answers in a test within seconds, on a busy machine in a minute; a command that hangs fails here.
 LIMIT_S = 300
 # What the submission's example plan leaves open, and the demo's files.
@@ -38,6 +40,8 @@ PLAN_VALUES = {
     "host_networking_topology": "N/A",
     "cooling": "air",
 }
+# How far logits of a form of the fixture `tiny` may be from its own, which are up to 2.5.
+EXACT, FP16, INT8 = 1e-4, 0.02, 0.5
 # LoadGen settings of short runs.
 SHORT_RUNS = """
 *.*.min_duration = 300
@@ -56,7 +60,12 @@ def command_of(name, *args, **variables):
 
     It runs on the demo's files. `variables` are environment variables; one given as None is unset.
     """
-    env = {**os.environ, **DEMO_ENV, **variables}
+    model = (
+        {"ML_MODEL_FILE_WITH_PATH": DEMO_ONNX}
+        if {"--backend=onnxruntime", "--backend=ray:onnxruntime"} & {*args}
+        else {}
+    )
+    env = {**os.environ, **DEMO_ENV, **model, **variables}
     script = [ROOT / name]
     if not str(name).endswith(".py"):
         script = ["-m", name]

@@ -13,11 +13,12 @@ from helpers import DEMO_ENV, LIMIT_S, ROOT
 
 MODEL = ROOT / "demo/model/model.onnx"
 SAMPLES = 80
-# The automation's settings of a test run; its own target_qps of 1.0 would make a Server run take 80 seconds.
+# The automation's settings of a test run. Its own target_qps of 1.0 would make a Server run take 80 seconds, and its 80
+# queries are 640 samples in MultiStream.
 USER_CONF = """
 bert.{scenario}.{target}
-bert.{scenario}.max_query_count = 80
-bert.{scenario}.min_query_count = 80
+bert.{scenario}.max_query_count = {queries}
+bert.{scenario}.min_query_count = {queries}
 bert.{scenario}.min_duration = 0
 bert.{scenario}.sample_concatenate_permutation = 0
 bert.{scenario}.max_duration = 30000
@@ -87,7 +88,8 @@ def test_what_the_automation_runs_and_reads(shell, tmp_path, scenario):
     """Offline runs twice into the same folders, as a repeated command of the automation does."""
     results = tmp_path / "results/bert-99" / scenario.lower()
     conf, audit = tmp_path / "user.conf", tmp_path / "compliance/TEST01/bert/audit.config"
-    conf.write_text(USER_CONF.format(scenario=scenario, target=TARGETS[scenario]))
+    queries = SAMPLES // 8 if scenario == "MultiStream" else SAMPLES
+    conf.write_text(USER_CONF.format(scenario=scenario, target=TARGETS[scenario], queries=queries))
     audit.parent.mkdir(parents=True)
     audit.write_text(AUDIT_CONFIG)
     kinds = {
@@ -123,7 +125,7 @@ def test_what_the_automation_runs_and_reads(shell, tmp_path, scenario):
 def test_the_network_mode_takes_the_automations_two_servers(shell, tmp_path):
     """A shell joins the two quoted servers of the automation into one word with a comma."""
     conf = tmp_path / "user.conf"
-    conf.write_text(USER_CONF.format(scenario="Offline", target=TARGETS["Offline"]))
+    conf.write_text(USER_CONF.format(scenario="Offline", target=TARGETS["Offline"], queries=SAMPLES))
     servers = "'http://localhost:18611','http://localhost:18612'"
     script = f"""
     for port in 18611 18612; do

@@ -13,8 +13,11 @@ import create_squad_data
 from create_squad_data import load_features
 
 pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+import onnxruntime
 import torch
 
+import onnxruntime_SUT
 from convert import calibration
 from convert.calibration import ranges_key
 from tools import benchmark
@@ -64,12 +67,18 @@ def files(tmp_path, monkeypatch):
         "vocab.txt": Path(DEMO_ENV["VOCAB_FILE"]).read_text(encoding="utf-8"),
         "list.txt": "0\n1\n",
         "user.conf": "*.Server.target_qps = 7\n*.Offline.target_qps = 9\n",
-        "model.onnx": "\x08\x07\n\x08location\x12\x07weights",
+        # The start of an ONNX file, and the names of its other files.
+        "model.onnx": "\x08\x07\x3a\n\x08location\x12\x07weights\n\x08location\x12\x0cfolder/third",
         "weights": "external",
+        "folder/third": "external",
+        "model.xml": "<net>",
+        "model.bin": "OpenVINO's weights",
         "bert_config.json": "{}",
     }
+    (tmp_path / "folder").mkdir()
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "model.bert").write_bytes((tmp_path / "model.onnx").read_bytes())  # a name that tells nothing
     variables = {"ML_MODEL_FILE_WITH_PATH": "model", "VOCAB_FILE": "vocab.txt", "DATASET_FILE": "dev.json"}
     for name, value in {**variables, "CALIBRATION_FILE": "list.txt"}.items():
         monkeypatch.setenv(name, value)
@@ -165,19 +174,27 @@ CONVERTED = {
     "the configuration": edit(CONFIG, '"num_attention_heads": 3', '"num_attention_heads": 2'),
     "a converter": set_value(benchmark.glob, "glob", lambda pattern: [f"{ROOT}/convert/calibration.py"]),
 }
+ONNX = {"the file": write("model.onnx"), "its second file": write("weights"), "its third file": write("folder/third")}
 CALIBRATED = CONVERTED | {"the list": write("list.txt"), "the data set": ANSWER, "the vocabulary": TOKEN}
 STORED = {
     "features": (features_key, FEATURES),
     "int8 ranges": (int8_key, RANGES),
     "a submission's run": (run_folder(), SUBMISSION),
+    "what ONNX Runtime makes from a model": (
+        lambda folder: onnxruntime_SUT.cache_name("model.onnx"),
+        ONNX | {"ONNX Runtime": set_value(onnxruntime, "__version__", "0.0")},
+    ),
     "a submission's run of a file": (
         run_folder(model="model.onnx"),
-        {
-            "the file": write("model.onnx"),
-            "its second file": write("weights"),
-            "Google's configuration": write("bert_config.json"),
-            "Hugging Face's": write("config.json"),
-        },
+        ONNX | {"Google's configuration": write("bert_config.json"), "Hugging Face's": write("config.json")},
+    ),
+    "a submission's run of a file of another name": (
+        run_folder(model="model.bert"),
+        ONNX | {"the file": write("model.bert")},
+    ),
+    "a submission's run of OpenVINO's form": (
+        run_folder(model="model.xml"),
+        {"the file": write("model.xml"), "its weights": write("model.bin")},
     ),
     "the benchmark's ONNX file": (converted("onnxruntime", "fp32"), CONVERTED),
     "the benchmark's graph": (converted("tf", "fp32"), CONVERTED),

@@ -10,22 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, fails, refused
-from mirrors import BIG, CONTENT, NOWHERE, complete, mirror_server, project
+from mirrors import BIG, CONTENT, NOWHERE, complete
 
 from files import locked_folder
 from tools import download
 from tools.download import EVERY
-
-
-@pytest.fixture
-def server():
-    with mirror_server() as server:
-        yield server
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    return project(tmp_path, monkeypatch)
 
 
 def test_everything_is_fetched_once(server, site, caplog):

@@ -5,20 +5,9 @@ import os
 
 import pytest
 from helpers import refused
-from mirrors import CONTENT, complete, mirror_server, project
+from mirrors import CONTENT, complete
 
 ENDLESS = 100_000_000  # bytes: far more than the system's buffers hold
-
-
-@pytest.fixture
-def server():
-    with mirror_server() as server:
-        yield server
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    return project(tmp_path, monkeypatch)
 
 
 def endless(headers, status=200):

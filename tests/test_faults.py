@@ -194,6 +194,7 @@ FLAGS = [
     (["--network=sut", "--port=65536"], ["65536", "--port"]),
     (["--user_conf=nowhere.conf"], ["nowhere.conf", "--user_conf"]),
     (["--audit_conf=nowhere.conf"], ["nowhere.conf", "--audit_conf"]),
+    (["--audit_conf=audit.conf"], ["audit.conf: no such file", "--audit_conf"]),
 ]
 
 

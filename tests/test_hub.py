@@ -124,6 +124,14 @@ def test_a_hub_that_never_answers_is_one_line_within_seconds(fetch, monkeypatch)
         fetch("hf://me/demo", hub.url)
 
 
+def test_quantization_takes_a_model_of_the_hub(hub, fetch, command, tmp_path):
+    """It is no ONNX file there, which the message says of the fetched file."""
+    (tmp_path / "list.txt").write_text("0\n")
+    path = fetch("hf://me/demo/onnx/model.onnx", hub.url)
+    args = "--onnx", "hf://me/demo/onnx/model.onnx", "--calibration", "list.txt"
+    assert command("convert.quantize_onnx", *args).startswith(path)
+
+
 @pytest.mark.slow
 def test_a_run_takes_model_and_vocabulary_from_a_hub_that_wants_a_token(script, tmp_path):
     (tmp_path / "user.conf").write_text("")

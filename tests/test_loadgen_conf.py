@@ -267,10 +267,11 @@ def audit(tmp_path, monkeypatch):
 
 # (files in the working folder, run.py's --audit_conf, the file that LoadGen applies)
 AUDIT_FILES = [
-    ({}, "audit.conf", None),
-    ({"audit.config": AUDIT}, "audit.conf", "audit.config"),
-    ({"audit.conf": AUDIT}, "audit.conf", "audit.conf"),
-    ({"audit.conf": AUDIT, "audit.config": AUDIT}, "audit.conf", "audit.conf"),
+    ({}, None, None),
+    ({"audit.config": AUDIT}, None, "audit.config"),
+    ({"audit.conf": AUDIT}, None, "audit.conf"),
+    ({"audit.conf": AUDIT, "audit.config": AUDIT}, None, "audit.conf"),
+    ({"audit.conf": AUDIT, "audit.config": "*.*.mode = 2"}, "audit.conf", "audit.conf"),
     ({"audit.config": AUDIT}, "audit.config", "audit.config"),
     ({"my.txt": AUDIT, "audit.config": "*.*.mode = 2"}, "my.txt", "my.txt"),
 ]

@@ -13,8 +13,10 @@ from helpers import ROOT, refused
 from test_submission_plan import write_plan
 
 import config
+from convert import verify
 from demo import make_data
 from files import lock_folder, lock_holder, locked_folder, read_toml
+from tools.report import __main__ as report
 from tools.submission import __main__, runs
 from tools.submission.plan import read_plan
 
@@ -144,6 +146,47 @@ def test_a_second_demo_make_data_is_refused(folder, monkeypatch):
     make_data.main()
     assert os.path.exists("dev.json") and os.path.exists("train/train.json")
     shutil.rmtree("train")
+
+
+def test_two_converters_never_mix_their_files(folder, monkeypatch):
+    """Each writes two files that belong together; the second converter comes between the first one's renames."""
+    replace = os.replace
+
+    def convert(name):
+        with verify.new_files("model") as path:
+            for end in ("", ".data"):
+                with open(path + end, "w") as file:
+                    file.write(name)
+
+    def slow(source, target):
+        replace(source, target)
+        if threading.current_thread() is first and not second.ident:
+            second.start()
+            second.join(0.5)  # ends only if nothing holds it up
+
+    monkeypatch.setattr(os, "replace", slow)
+    first, second = (threading.Thread(target=convert, args=(name,)) for name in ("first", "second"))
+    first.start()
+    for thread in (first, second):
+        thread.join(10)
+    assert (folder / "model").read_text() == (folder / "model.data").read_text() == "second"
+
+
+def test_a_second_report_waits_for_the_first(folder, monkeypatch, caplog):
+    """Two comparisons have the same folder, unless --out names another, and several files."""
+    caplog.set_level("INFO", "bert")
+    monkeypatch.setattr(report, "write_report", lambda *_: "page")
+    monkeypatch.setattr(sys, "argv", ["report", "logs-a", "logs-b"])
+    thread = threading.Thread(target=report.main)
+    with locked_folder("build/report", "tools.report"):
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and "runs tools.report there; waiting until it ends" in caplog.text
+    thread.join(10)
+    assert not thread.is_alive()
+    with locked_folder("logs-a", "run.py"):  # a run's own folder, of which a report may be written while it runs
+        monkeypatch.setattr(sys, "argv", ["report", "logs-a", "--out=logs-a"])
+        report.main()
 
 
 # The helpers beside the locks.

@@ -73,6 +73,30 @@ def test_without_a_venv_the_python_of_the_path_runs_and_make_says_so(copy, targe
     assert f"there is no .venv; running with {copy}/bin/python3" in result.stderr
 
 
+PIP = '#!/bin/sh\necho "$@" >>.venv/calls\n'
+VENV = f"""#!/bin/sh
+rm -rf .venv/bin
+mkdir -p .venv/bin
+printf '%s' '{PIP}' >.venv/bin/python
+chmod +x .venv/bin/python
+"""
+
+
+@pytest.mark.parametrize("left", [None, "#!/bin/sh\nexit 1\n", PIP], ids=["nothing", "a Python without pip", "all"])
+def test_make_venv_completes_what_an_interrupted_one_left(copy, left):
+    """Python's venv makes Python first and pip last."""
+    for name, content in (("bin/python3", VENV), (".venv/bin/python", left)):
+        if content:
+            (copy / name).parent.mkdir(parents=True)
+            (copy / name).write_text(content)
+            (copy / name).chmod(0o755)
+    result = make("venv", "BACKEND=onnxruntime", folder=copy, PATH=f"{copy}/bin:{os.environ['PATH']}")
+    assert result.returncode == 0, result.stderr
+    calls = (copy / ".venv/calls").read_text()
+    assert "-m pip install" in calls and ("--version" in calls) == (left == PIP)
+    assert (copy / ".venv/.onnxruntime").exists()
+
+
 def test_the_targets_of_the_reference_exist(copy):
     assert "no submodules" in make("init_submodule", folder=copy).stdout
     for target, backend in (

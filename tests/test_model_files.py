@@ -149,6 +149,7 @@ def test_a_file_that_holds_no_state_dict_is_named(tmp_path):
     "change, words",
     [
         ({"hidden_size": None}, "hidden_size must be a whole number above 0, not None"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is above 1000"),
         ({"vocab_size": 0}, "vocab_size must be a whole number above 0, not 0"),
         ({"type_vocab_size": "2"}, "type_vocab_size must be a whole number above 0, not '2'"),
         ({"layer_norm_eps": 2.0}, "layer_norm_eps must be between 0 and 1, not 2.0"),

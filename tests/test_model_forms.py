@@ -32,13 +32,13 @@ def gamma_beta(state=STATE):
     return renamed("LayerNorm.bias", "LayerNorm.beta", renamed("LayerNorm.weight", "LayerNorm.gamma", state))
 
 
-def in_shards(folder, stem, save, index=None, shards=2):
-    """Write the demo's weights in shards, and their index changed by `index`."""
-    names = sorted(STATE)
+def in_shards(folder, stem, save, index=None, shards=2, state=STATE):
+    """Write the weights `state` in shards, and their index changed by `index`."""
+    names = sorted(state)
     files = [f"{stem[0]}-{number:05}-of-{shards:05}{stem[1]}" for number in range(1, shards + 1)]
     places = {name: files[place * shards // len(names)] for place, name in enumerate(names)}
     for file in files:
-        save({name: STATE[name] for name in names if places[name] == file}, folder / file)
+        save({name: state[name] for name in names if places[name] == file}, folder / file)
     (folder / f"{stem[0]}{stem[1]}.index.json").write_text(json.dumps({"weight_map": places | (index or {})}))
 
 
@@ -232,6 +232,11 @@ REFUSED = {
     "pruned heads": (configured(pruned_heads={"0": [1]}), "pruned_heads"),
     "quantized": (configured(quantization_config={"bits": 8}), "quantized weights are not supported"),
     "int8 weights": (safe(STATE | {WORDS: STATE[WORDS].char()}), f"{WORDS} is torch.int8"),
+    "a sparse tensor": (
+        pickled(STATE | {WORDS: STATE[WORDS].to_sparse()}),
+        f"{WORDS} is torch.sparse_coo, not a dense",
+    ),
+    "a tensor without values": (pickled(STATE | {WORDS: STATE[WORDS].to("meta")}), f"{WORDS} is without values"),
     "a quantized state dict": (
         pickled(STATE | {WORDS: torch.quantize_per_tensor(STATE[WORDS], 0.1, 0, torch.qint8)}),
         "model.pytorch",

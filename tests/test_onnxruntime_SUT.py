@@ -197,7 +197,7 @@ def test_without_the_package_onnx_a_run_trusts_the_command_line(load, tiny, monk
     def missing(path):
         raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
 
-    monkeypatch.setattr("models.graph_files.read_onnx", missing)
+    monkeypatch.setattr("models.onnx_files.read_onnx", missing)
     loaded = load(tiny.folder / "model.onnx", backend, dtype=dtype)
     assert "the package onnx is missing" in caplog.text
     if backend == "onnxruntime":

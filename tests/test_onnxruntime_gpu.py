@@ -1,8 +1,11 @@
 """ONNX Runtime on GPUs, as far as it shows without one: silent fallback, provider options, fp16, notices, the name."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
+from graph_changes import static_int8
 from helpers import predict, random_batch, refused
 
 import onnxruntime_SUT
@@ -91,8 +94,11 @@ def test_on_cuda_the_name_has_the_gpu_and_fp32_has_no_tf32(load, tiny, cuda):
     assert backend.batch_policy == "mixed" and backend.same_bytes in (True, False)
 
 
-def test_int8_on_cuda_is_a_notice(load, demo_models, cuda, caplog):
-    load(demo_models["int8"], dtype="int8")
+def test_int8_on_cuda_is_a_notice(load, tiny, cuda, caplog, tmp_path):
+    model = onnx.load(tiny.folder / "model.onnx")
+    static_int8(model, tmp_path)
+    onnx.save(model, tmp_path / "int8.onnx")
+    load(tmp_path / "int8.onnx", dtype="int8")
     assert f"int8 gains nothing in {CUDA}" in caplog.text and "--dtype=fp16" in caplog.text
 
 
@@ -105,14 +111,17 @@ def test_tensorrt_has_cuda_behind_it_engines_for_every_batch_and_a_cache(machine
     inputs = tuple(GraphTensor(name, "int64", (None, None)) for name in ("a", "b", "c"))
     signature = GraphSignature(inputs, ("x", "y"), None, None, None, "fp32", False)
     options = RunOptions(dtype="fp16", batch_tokens=batch_tokens)
-    found, cuda, cpu = onnxruntime_SUT.provider_options(use, signature, options)
+    Path("model.onnx").write_text("a model")
+    found, cuda, cpu = onnxruntime_SUT.provider_options(use, "model.onnx", signature, options)
     assert found["trt_profile_min_shapes"] == "a:1x1,b:1x1,c:1x1"
     assert found["trt_profile_max_shapes"] == f"a:{most}x384,b:{most}x384,c:{most}x384"
     assert found["trt_profile_opt_shapes"] == "a:{0}x192,b:{0}x192,c:{0}x192".format(min(8, most))
-    assert (found["trt_engine_cache_enable"], found["trt_engine_cache_path"]) == ("1", "build/cache/tensorrt")
+    assert (found["trt_engine_cache_enable"], found["trt_timing_cache_enable"]) == ("1", "1")
+    engines = f"build/cache/tensorrt/{onnxruntime_SUT.cache_name('model.onnx')}"
+    assert found["trt_engine_cache_path"] == engines and Path(engines).is_dir()
     assert (found["trt_fp16_enable"], cuda["use_tf32"], cpu) == ("1", "0", {})
     fixed = GraphSignature(inputs, ("x", "y"), 1, 384, None, "fp32", False)
-    assert not any("profile" in name for name in onnxruntime_SUT.provider_options(use, fixed, options)[0])
+    assert not any("profile" in name for name in onnxruntime_SUT.provider_options(use, "model.onnx", fixed, options)[0])
 
 
 def test_fp16_is_a_copy_that_onnx_runtimes_optimizer_makes_once(load, tiny, tmp_path, monkeypatch):

@@ -94,6 +94,8 @@ def test_a_kind_is_recognized_and_told_from_all_others(written, tmp_path, kind):
         b"\n\n\nText",
         b"{}x",
         b'{"a": 1}',
+        b'{"theme": "dark"}',
+        b'{\n  "56be4db0acb8001400a502ec": "a",\n  "theme": "dark"\n}',
         b"[]",
         b"PK\3\4",
         b"\x89PNG",
@@ -221,7 +223,8 @@ def test_a_folder_that_is_not_a_submissions_tree_is_left(tmp_path, monkeypatch):
 
 def test_an_empty_file_and_a_file_of_the_kind_are_replaced(tmp_path):
     path = tmp_path / "answers.json"
-    for content in ("", "{}", '{"id": "text"}'):
+    squad = '{\n    "56be4db0acb8001400a502ec": "text"\n}'  # as the MLPerf reference writes it
+    for content in ("", "{}", '{\n "id": "text"\n}', squad):
         path.write_text(content)
         write_json(str(path), {"id": "new"}, "", "a file of answers")
         assert json.loads(path.read_text()) == {"id": "new"}

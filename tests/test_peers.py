@@ -130,7 +130,10 @@ def test_peers_are_measured_in_the_dtypes_of_the_runs(monkeypatch):
         monkeypatch.setenv(name, DEMO_ENV[name])
     for args, expected in (
         (["--peers"], ["pytorch:reference", "pytorch:fp32", "transformers:fp32"]),
-        (["--runs", "pytorch:bf16", "--peers", "transformers"], ["pytorch:reference", "pytorch:bf16", "transformers:bf16"]),
+        (
+            ["--runs", "pytorch:bf16", "--peers", "transformers"],
+            ["pytorch:reference", "pytorch:bf16", "transformers:bf16"],
+        ),
     ):
         names.clear()
         monkeypatch.setattr("sys.argv", ["benchmark.py", *args])

@@ -78,7 +78,7 @@ def test_a_dtype_that_the_processor_lacks_runs_in_fp32_with_a_notice(load, monke
     monkeypatch.setattr(pytorch_SUT, "cpu_runs", lambda dtype: dtype == "fp32")
     backend = load(dtype)
     assert f"no {dtype} instructions; running in fp32" in caplog.text
-    assert backend.name.endswith("fp32")
+    assert backend.name.endswith("fp32") and backend.dtype == "fp32"
     assert (backend.predict(random_batch(20)) == load("fp32").predict(random_batch(20))).all()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DEMO_ENV, ROOT, SHORT_RUNS, random_batch, refused, run_script, running
+from helpers import DEMO_ENV, DEMO_ONNX, ROOT, SHORT_RUNS, random_batch, refused, run_script, running
 from servers import responses
 
 from backends import Backend, RunOptions
@@ -25,21 +25,21 @@ if not importlib.util.find_spec("ray"):  # imported by `driver`, because Ray rea
 pytestmark = pytest.mark.slow
 
 CONF = SHORT_RUNS.replace("Server.target_qps = 40", "Server.target_qps = 200")
-# run.py with another backend on the actors: PyTorch's, whose `predict` first executes BODY, except for one sample (the
-# warm-up).
+# run.py with another backend on the actors: ONNX Runtime's, which starts fastest, but its `predict` first executes
+# BODY, except for one sample (the warm-up).
 SCRIPT = f"""\
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import backends, config, run
-from pytorch_SUT import PyTorchBackend
+from onnxruntime_SUT import OnnxRuntimeBackend
 
-class Fake(PyTorchBackend):
+class Fake(OnnxRuntimeBackend):
     def predict(self, batch):
         if len(batch) > 1:
             BODY
         return super().predict(batch)
 
-backends.BACKENDS["pytorch"] = backends.Entry("__main__", "Fake", ("fp32",))
+backends.BACKENDS["onnxruntime"] = backends.Entry("__main__", "Fake", ("fp32",))
 config.run_command(run.main)
 """
 
@@ -96,7 +96,7 @@ def local(tmp_path_factory):
     """Return the responses of an accuracy run without Ray, {sample: bytes}."""
     folder = tmp_path_factory.mktemp("local")
     (folder / "user.conf").write_text(CONF)
-    result = run_script("run.py", "--backend=pytorch", "--accuracy", cwd=folder, LOG_PATH="logs")
+    result = run_script("run.py", "--backend=onnxruntime", "--accuracy", cwd=folder, LOG_PATH="logs")
     assert result.returncode == 0, result.stderr
     return logged(folder / "logs")
 
@@ -150,14 +150,16 @@ def fake_run(tmp_path):
     def start(body, *args, **variables):
         script = tmp_path / "run.py"
         script.write_text(SCRIPT.replace("BODY", body))
-        return running(script, "--backend=ray", "--accuracy", *args, cwd=tmp_path, LOG_PATH="ray", **variables)
+        args = "--backend=ray:onnxruntime", "--accuracy", *args
+        return running(script, *args, cwd=tmp_path, LOG_PATH="ray", **variables)
 
     return start
 
 
 def test_two_nodes_answer_with_the_bytes_of_one_process(script, local, tmp_path, cluster):
     (tmp_path / "user.conf").write_text(CONF)
-    result = script("run.py", "--backend=ray", "--scenario=Server", "--accuracy", LOG_PATH="ray", **cluster)
+    args = "--backend=ray:onnxruntime", "--scenario=Server", "--accuracy"
+    result = script("run.py", *args, LOG_PATH="ray", **cluster)
     assert result.returncode == 0, result.stderr
     assert "2 actors on 2 nodes" in result.stderr
     assert logged(tmp_path / "ray") == local
@@ -280,13 +282,14 @@ def test_int8_is_calibrated_once_on_the_driver(driver, monkeypatch, tmp_path):
     assert backend.predict(batch).tobytes() == PyTorchBackend(options).predict(batch).tobytes()
 
 
-def test_actors_run_another_backend(driver, monkeypatch, demo_models):
+def test_actors_run_another_backend(driver, monkeypatch):
     from onnxruntime_SUT import OnnxRuntimeBackend
 
-    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", demo_models["onnxruntime"])
+    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", DEMO_ONNX)
     options, batch = RunOptions(backend="ray:onnxruntime"), random_batch(20, vocab_size=2400)
     backend = driver.RayBackend("onnxruntime", OnnxRuntimeBackend, options)
     assert re.search(r"Ray .*: ONNX Runtime", backend.name)
+    assert (backend.model_path, backend.dtype) == (DEMO_ONNX, "fp32")  # for the run's record
     assert backend.predict(batch).tobytes() == OnnxRuntimeBackend(options).predict(batch).tobytes()
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import sys
 import time
 import tracemalloc
 import warnings
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_pages import RECORD, Page, sample, write_run
 
+import config
 from config import UserError
 from create_squad_data import load_features
 from tools.report.__main__ import main
@@ -66,7 +68,9 @@ def test_a_name_that_cannot_be_printed_is_replaced(page, capfdbinary, monkeypatc
     shown = page(folder, write_run(tmp_path / "other", samples=[]))
     assert re.search("caf\ufffd|line break|\ufffd\\[31mred|\ufffdreversed", shown.text)
     monkeypatch.setattr("sys.argv", ["report", os.fspath(folder)])
+    monkeypatch.setattr("sys.stdout", config.forgiving(sys.stdout))  # as `run_command` does
     main()
+    sys.stdout.flush()
     assert capfdbinary.readouterr().out == os.fsencode(folder) + b"/report.html\n"
 
 

@@ -4,15 +4,13 @@ Each ends the process within seconds with one line and a status that is not 0.
 """
 
 import json
-import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from helpers import DEMO_ENV, LIMIT_S, ROOT, SHORT_RUNS, backend_script, fails, run_script, running
+from helpers import LIMIT_S, SHORT_RUNS, backend_script, command_of, fails, run_script, running
 
 from config import SCENARIOS
 
@@ -163,11 +161,12 @@ def test_a_full_disk_fails_the_run(tmp_path, size, args, words):
     """A limit on the size of files stands in for the disk: writing fails in the same way, silently in LoadGen."""
     (tmp_path / "user.conf").write_text(SHORT_RUNS)
     # coverage writes files, too, and would meet the limit
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    command, env = command_of("run.py", "--backend=onnxruntime", *args, LOG_PATH="logs")
+    env = {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
     result = subprocess.run(
-        [sys.executable, ROOT / "run.py", "--backend=pytorch", *args],
+        command,
         cwd=tmp_path,
-        env={**env, **DEMO_ENV, "LOG_PATH": "logs"},
+        env=env,
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
@@ -200,10 +199,10 @@ def test_doubtful_input_is_used_with_a_notice(script, tmp_path, what, words, com
     assert any(all(word in line for word in words) for line in notices), result.stderr
 
 
-def test_an_unknown_execution_provider_is_a_notice(script, tmp_path, demo_models):
+def test_an_unknown_execution_provider_is_a_notice(script, tmp_path):
     (tmp_path / "user.conf").write_text(SHORT_RUNS)
     variables = {"ONNXRUNTIME_PREFERRED_EXECUTION_PROVIDER": "RocketExecutionProvider", "USE_GPU": ""}
     flags = ("--backend=onnxruntime", "--accuracy", "--max_examples=4")
-    result = script("run.py", *flags, ML_MODEL_FILE_WITH_PATH=demo_models["onnxruntime"], **variables)
+    result = script("run.py", *flags, **variables)
     assert result.returncode == 0, result.stderr
     assert any(" notice: " in line and "RocketExecutionProvider" in line for line in result.stderr.splitlines())

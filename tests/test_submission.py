@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import DEMO_ENV, PLAN_VALUES, ROOT, refused, run_script
+from helpers import DEMO_ENV, DEMO_ONNX, PLAN_VALUES, ROOT, refused, run_script
 
 from tools.submission import __main__, runs, tree
 from tools.submission.check import FIELDS, LOG_FOLDERS, RULES, SCENARIOS, check, seeds
@@ -21,7 +21,7 @@ from tools.submission.tree import verify_accuracy, verify_performance
 pytestmark = pytest.mark.slow  # six real runs
 
 VERSION = "v6.0"  # whose seeds are not those that LoadGen has built in
-VALUES = PLAN_VALUES | {"dataset": "dev.json", "version": VERSION}
+VALUES = PLAN_VALUES | {"backend": "onnxruntime", "model": DEMO_ONNX, "dataset": "dev.json", "version": VERSION}
 VARIABLES = {"MLC_MAX_NUM_THREADS": "1"}  # threads would wait for one another on a busy machine
 CONF = """
 *.*.min_duration = 100
@@ -139,7 +139,7 @@ def test_one_command_makes_all_that_mlperf_looks_for(made):
         if line.startswith("build/submission/"):
             assert re.search("min_duration|sample_count|result_query_count", line) and "TEST01" not in line, line
     assert re.search("notice: build/submission/.*/TEST01/.*min_duration.*the open division needs no", result.stderr)
-    assert re.search(r"\d\d:\d\d:\d\d     PyTorch .*; warming up\n", result.stderr)  # run.py's progress
+    assert re.search(r"\d\d:\d\d:\d\d     ONNX Runtime .*; warming up\n", result.stderr)  # run.py's progress
 
 
 def test_the_accuracy_is_the_runs_and_its_log_is_hashed_completely_and_truncated(made, script):
@@ -158,7 +158,7 @@ def test_the_accuracy_is_the_runs_and_its_log_is_hashed_completely_and_truncated
 def test_the_system_is_described_from_machine_and_plan(made):
     fields = json.loads((made[0] / TREE / "systems/demo-machine.json").read_text())
     assert set(fields) == set(FIELDS["required"] + FIELDS["optional"])
-    assert fields["framework"].startswith("PyTorch 2") and fields["accelerator_model_name"] == "N/A"
+    assert fields["framework"].startswith("ONNX Runtime 1") and fields["accelerator_model_name"] == "N/A"
     assert (fields["cooling"], fields["submitter"], fields["division"]) == ("air", "Someone", "open")
     kilobytes = int(Path("/proc/meminfo").read_text().split()[1])
     assert fields["host_memory_capacity"] == f"{kilobytes / 2**20:.0f} GiB"
@@ -168,10 +168,10 @@ def test_the_system_is_described_from_machine_and_plan(made):
 def test_the_readme_says_how_to_repeat_the_runs(made):
     text = (made[0] / RESULTS / "Offline/README.md").read_text()
     score = (made[0] / RESULTS / "Offline/accuracy/accuracy.txt").read_text().splitlines()[0]
-    assert re.search(rf"^PyTorch .*, fp32: throughput \S+ samples/s, accuracy `{score}`\.$", text, re.MULTILINE)
-    assert "run.py --backend=pytorch --dtype=fp32 --scenario=Offline --user_conf=user.conf --accuracy\n" in text
+    assert re.search(rf"^ONNX Runtime .*, fp32: throughput \S+ samples/s, accuracy `{score}`\.$", text, re.MULTILINE)
+    assert "run.py --backend=onnxruntime --dtype=fp32 --scenario=Offline --user_conf=user.conf --accuracy\n" in text
     assert f"\n```\n{runs.AUDIT_CONFIG}```\n" in text
-    for path in (ROOT / "demo/model/model.safetensors", made[0] / "dev.json"):
+    for path in (ROOT / "demo/model/model.onnx", made[0] / "dev.json"):
         assert f"- {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}\n" in text
 
 
@@ -243,11 +243,11 @@ def test_other_settings_or_another_model_need_other_runs(folder, submit):
     _, _, progress = submit(folder)
     assert ["kept" in line for line in progress] == [True] * 3 + [False] * 3, progress
     shutil.copytree(ROOT / "demo/model", folder / "model")
-    _, _, progress = submit(folder, model="model")  # the same files, and a model's folder may move
+    model = folder / "model/model.onnx"
+    _, _, progress = submit(folder, model=model)  # the same file, and a model may move
     assert ["kept" in line for line in progress] == [True] * 6, progress
-    with open(folder / "model/config.json", "a") as file:
-        file.write("\n")
-    _, _, progress = submit(folder, model="model")
+    model.write_bytes(model.read_bytes() + b"\n")
+    _, _, progress = submit(folder, model=model)
     assert ["kept" in line for line in progress] == [False] * 6, progress
 
 
@@ -314,12 +314,12 @@ def test_an_int8_tree_documents_its_calibration(folder, submit, monkeypatch):
 
 
 def test_runs_of_several_backends_or_of_another_dtype_are_refused(folder, submit):
-    with refused("submission-runs/", "ran on PyTorch", "expected one backend in bf16"):
+    with refused("submission-runs/", "ran on ONNX Runtime", "expected one backend in bf16"):
         submit(folder, dtype="bf16")
     record = next(folder.glob("build/submission-runs/Offline-TEST01-*/record.json"))
     names = [str(path) for path in folder.glob("build/submission-runs/*") if path != record.parent]
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"backend": "ONNX Runtime, CPU, fp32"}))
-    with refused(f"{record.parent} ran on ONNX Runtime, CPU, fp32", "expected one backend in fp32"):
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"backend": "PyTorch, CPU, fp32"}))
+    with refused(f"{record.parent} ran on PyTorch, CPU, fp32", "expected one backend in fp32"):
         runs.common_backend([*names, str(record.parent)], "fp32")
 
 
@@ -327,6 +327,9 @@ def test_a_tree_needs_the_git_repository_of_its_source(tmp_path, monkeypatch):
     monkeypatch.setattr(tree, "ROOT", str(tmp_path))
     with refused(str(tmp_path), "git repository"):
         tree.copy_source(str(tmp_path / "src"))
+    monkeypatch.setenv("PATH", "")
+    with refused(str(tmp_path), "git: No such file or directory"):
+        tree.tracked_files()
 
 
 # TEST01.

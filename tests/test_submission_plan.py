@@ -1,6 +1,7 @@
 """tools/submission: which plans are accepted, what a run depends on, and how a run fails or is interrupted."""
 
 import ast
+import errno
 import re
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from helpers import LIMIT_S, PLAN_VALUES, ROOT, fails, refused
 
 from backends import BACKENDS
-from tools.submission import __main__, runs
+from tools.submission import __main__, runs, tree
 from tools.submission.plan import read_plan
 from tools.submission.runs import fingerprint, scenario_settings
 
@@ -145,6 +146,23 @@ def test_a_failed_run_is_named_with_its_last_line(folder, monkeypatch):
     (log,) = folder.glob("build/submission-runs/*/run.log")
     assert sorted(log.read_text().splitlines()) == ["12:00:00 reading", "run.py: error: no such model"]
     assert not log.with_name("run.json").exists()
+
+
+def test_the_git_repository_and_the_disk_are_checked_before_the_runs(folder, monkeypatch):
+    """As for a user who may not read the repository, or not write."""
+    write_plan(folder)
+    monkeypatch.setattr(tree, "ROOT", str(folder))
+    with refused("git cannot list the files (fatal: not a git repository", "clone it as this user"):
+        __main__.submit("plan.toml")
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "run.log")
+
+    monkeypatch.setattr(runs, "execute", fail)
+    with refused("run.log: No space left on device; free disk space or correct permissions"):
+        __main__.submit("plan.toml")
 
 
 def test_an_interrupted_set_ends_its_run(folder):

@@ -150,7 +150,7 @@ print(megabytes("VmHWM:") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """The peak is measured in a process of its own, which the operating system keeps."""
+    """The peak is measured in a separate process, which the operating system keeps."""
     random_bert(tmp_path, hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=6)
     size, layer = ((tmp_path / "model.safetensors").stat().st_size / 1e6, 4 * 12 * 1024**2 / 1e6)
     env = {**os.environ, "USE_GPU": "0"}

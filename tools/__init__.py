@@ -1,7 +1,3 @@
 """Commands beside a run: download, benchmark, soak, report, submission."""
 
-import sys
-
-import config
-
-sys.excepthook = config.report_missing_package  # the modules import their packages before `config.run_command` runs
+import config  # noqa: F401 - before the packages of the modules, so that it reports those that cannot be imported

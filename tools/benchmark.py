@@ -36,7 +36,7 @@ import config
 from backends import BACKENDS, Backend, RunOptions, load_backend
 from batching import BatchPlan, plan_batching
 from create_squad_data import Features, Squad, load_features, read_vocab
-from files import atomic_write, file_digest, write_json
+from files import atomic_write, file_digest, locked_folder, write_json
 from models import gpus
 from models.model_files import model_files, read_config, weight_shapes
 from squad_eval import MISSING_LOGIT, Logits, score_log
@@ -310,6 +310,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@locked_folder(FOLDER, "tools.benchmark", wait=True)
 def random_model() -> str:
     """Return the folder of a BERT-Large with random weights in Hugging Face's form, and write it if it is missing."""
     folder = os.path.join(FOLDER, "bert-large-random")
@@ -357,7 +358,6 @@ def main() -> None:
     backends = dict.fromkeys(run.partition(":")[0] for run in names)
     runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *names, *peers]]
     peak = (measure_on_gpu if on_gpu else measure_interleaved)(runs, queries, args.rounds)
-
     absent += [run.fault for run in runs if run.fault]
     runs = [run for run in runs if not run.fault]
     baselines = {run.backend: run for run in runs if run.baseline}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError, log_progress, printable
-from files import file_digest, locked_folder
+from files import disk_faults, file_digest, locked_folder
 
 EVERY = ("data", "tf", "pytorch", "ray", "onnxruntime", "openvino", "convert")
 PYTORCH, ONNX = ("pytorch", "ray"), ("onnxruntime", "openvino")
@@ -39,8 +39,8 @@ BUSY = (429, 500, 502, 503, 504)  # HTTP statuses after which a request is repea
 MAX_WAIT_S = 60  # for a server that says when to repeat a request
 MAX_REDIRECTS = 10
 SMALL, LARGE = 10_000_000, 5_000_000_000  # bytes: no small file, and no model or checkpoint, is larger
-# What a request raises; a ValueError by a malformed address of a redirect.
-NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, ValueError)
+# What a request raises; a ValueError by a malformed address of a redirect, an ImportError if Python lacks SSL.
+NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, ValueError, ImportError)
 MIRROR = "set MODEL_MIRROR to a folder or an address that has the files"
 
 
@@ -256,11 +256,8 @@ def main() -> None:
     parser.add_argument("--backend", choices=EVERY, help="fetch what this backend needs (default: everything)")
     backend = parser.parse_args().backend
     folder, mirror = os.path.dirname(config.DATASET), os.environ.get("MODEL_MIRROR", "")
-    try:
-        with locked_folder(folder, "tools.download", wait=True):
-            fetch_missing([file for file in FILES if backend in (None, *file.backends)], mirror, folder)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}; free space or correct permissions") from None
+    with disk_faults(folder), locked_folder(folder, "tools.download", wait=True):
+        fetch_missing([file for file in FILES if backend in (None, *file.backends)], mirror, folder)
 
 
 if __name__ == "__main__":

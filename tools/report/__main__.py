@@ -8,11 +8,11 @@ LOG_FOLDER is from run.py or another harness under LoadGen, or contains such fol
 detail log, the charts from its trace. `make venv BACKEND=report` installs what the command needs.
 """
 
-import io
 import os
-import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import config
+from files import locked_folder
 from loadgen_logs import DETAIL_LOG
 from squad_eval import DTYPES
 from tools.report.page import write_report
@@ -33,9 +33,11 @@ def main() -> None:
     one = len(args.folders) == 1 and os.path.exists(os.path.join(args.folders[0], DETAIL_LOG))
     out = args.out or (args.folders[0] if one else several)
     given, form = (args.val_data, args.vocab_file), (args.output_dtype, args.output_transposed)
-    path = write_report(args.folders, out, given, form)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # the path may have bytes that are not UTF-8
+    lock: AbstractContextManager[None] = nullcontext()
+    if out not in args.folders:  # else a run may have the lock of its log folder, and the files are of this folder only
+        lock = locked_folder(out, "tools.report", wait=True, remedy="name another folder with --out")
+    with lock:
+        path = write_report(args.folders, out, given, form)
     print(path)
 
 

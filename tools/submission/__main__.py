@@ -16,14 +16,14 @@ import shutil
 import signal
 import sys
 
-from config import UserError, argument_parser, log_progress, printable, run_command
-from files import locked_folder
+from config import BUILD_DIR, UserError, argument_parser, log_progress, printable, run_command
+from files import disk_faults, locked_folder
 from loadgen_conf import AUDIT_FILES
 from tools.submission.check import LOG_FOLDERS, SCENARIOS, VERSIONS, check, find_version
 from tools.submission.official import checker_module, run_official
 from tools.submission.plan import read_plan
 from tools.submission.runs import RUNS, check_seeds, ensure_run, fingerprint
-from tools.submission.tree import TREE, write_tree
+from tools.submission.tree import TREE, tracked_files, write_tree
 
 
 def submit(path: str, official: str | None = None) -> int:
@@ -31,10 +31,11 @@ def submit(path: str, official: str | None = None) -> int:
     plan = read_plan(path)
     check_seeds(plan["user_conf"], plan["version"])
     if official:
-        checker_module(official)  # before the runs, which take an hour
+        checker_module(official)  # before the runs, which take an hour, as what follows
     for name in filter(os.path.exists, AUDIT_FILES):
         raise UserError(f"{name}: run.py would use it in every run; move it away")
-    with locked_folder(RUNS, "tools.submission"):
+    tracked_files()
+    with disk_faults(BUILD_DIR), locked_folder(RUNS, "tools.submission"):
         common = fingerprint(plan)
         runs = {run: ensure_run(plan, common, *run) for run in itertools.product(SCENARIOS, LOG_FOLDERS)}
         log_progress("writing the tree")

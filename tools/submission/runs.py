@@ -33,7 +33,7 @@ def file_hashes(path: str) -> dict[str, str]:
     """Return {name: sha256} of a model: of the files in its folder, or of a file, its parts and its configuration."""
     path = config.local_model(path)
     folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
-    parts = map(os.path.basename, model_files(path).parts if name else ())
+    parts = (os.path.relpath(part, folder or ".") for part in (model_files(path).parts if name else ()))
     names = [name, *parts, *CONFIG_FILES] if name else sorted(os.listdir(folder))
     return {name: file_digest(file) for name in names if os.path.isfile(file := os.path.join(folder, name))}
 
@@ -114,7 +114,7 @@ def execute(command: list[str], env: dict[str, str], log: str) -> tuple[str, int
     """Run `command` with its output into the file `log` and its progress logged; return (last line, exit status)."""
     line, pipe = "", subprocess.PIPE
     with open(log, "w", buffering=1, encoding="utf-8") as file:
-        process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace")
         assert process.stdout  # a pipe
         try:
             for line in process.stdout:

@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 
-from config import BUILD_DIR, ROOT, UserError
+from config import BUILD_DIR, ROOT, UserError, first_line, printable
 from create_squad_data import load_features, read_vocab
 from files import atomic_write, file_digest, read_json, read_text, write_json
 from loadgen_logs import ACCURACY_LOG, DETAIL_LOG, SUMMARY_LOG, primary_metric, read_detail_log
@@ -137,13 +137,22 @@ def verify_performance(scenario: str, performance: str, test: str) -> str:
     return f"Reference score = {submitted:.6g}\nTest score = {found:.6g}\nTEST {verdict}\n"
 
 
+def tracked_files() -> list[str]:
+    """Return the project's files that git tracks, relative to ROOT. Raises UserError if git cannot list them."""
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+        fault = first_line(listed.stderr) if listed.returncode else ""
+    except OSError as error:
+        fault = f"git: {error.strerror}"
+    if fault:  # such as "not a git repository", or the repository of another user
+        remedy = "clone it as this user, because the tree has a copy of the tracked files"
+        raise UserError(f"{ROOT}: git cannot list the files ({printable(fault)}); {remedy}")
+    return [name for name in listed.stdout.split("\0") if os.path.isfile(f"{ROOT}/{name}")]
+
+
 def copy_source(folder: str) -> None:
     """Copy the project's files, those that git tracks, into `folder`."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        raise UserError(f"{ROOT}: is not a git repository; clone it, because the tree has a copy of the tracked files")
-    for name in listed.stdout.split("\0"):
-        source, target = f"{ROOT}/{name}", f"{folder}/{name}"
-        if os.path.isfile(source):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copy(source, target)
+    for name in tracked_files():
+        target = f"{folder}/{name}"
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copy(f"{ROOT}/{name}", target)
