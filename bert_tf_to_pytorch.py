@@ -16,7 +16,6 @@ from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, require_different_files, require_replaceable
 from models.model_files import read_config, write_config
-from models.weights import return_memory
 
 
 def main() -> None:
@@ -48,15 +47,12 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
     ):
         write_config(os.path.dirname(pytorch_out), bert_config, remedy)
-        for name, value in weights.items():  # one after the other, which does not need the memory twice
-            weights[name] = np.ascontiguousarray(value)
         with atomic_write(pytorch_out, remedy, kind) as file:
-            torch.save({name: torch.from_numpy(value) for name, value in weights.items()}, file)
+            torch.save({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()}, file)
         write_model(onnx_out, build_model(bert_config, weights))
         models = {"tf": f"{folder}/model.pb", "pytorch": pytorch_out, "onnxruntime": onnx_out}
         write_graph(models["tf"], build_graph(bert_config, weights))
         del weights
-        return_memory()
         for backend, path in models.items():  # one process each: together, BERT-Large in three needs over 16 GiB
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 logits.append(pool.submit(random_logits, backend, path, (MAX_SEQ_LENGTH, 178, 30)).result())

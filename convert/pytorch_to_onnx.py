@@ -22,7 +22,6 @@ from convert.verify import new_files, random_logits, require_equal
 from create_squad_data import MAX_SEQ_LENGTH
 from files import atomic_write, require_replaceable
 from models.model_files import model_files, open_weights
-from models.weights import return_memory
 
 INPUTS = config.ONNX_INPUTS[0]
 OUTPUTS = ("output_start_logits", "output_end_logits")
@@ -128,7 +127,7 @@ def main() -> None:
     count = len(weights)
     with new_files(args.onnx_out, ".data") as path:
         write_model(path, build_model(bert_config, weights, MAX_SEQ_LENGTH if args.published else None))
-        return_memory()  # before ONNX Runtime needs it
+        del weights  # before ONNX Runtime needs the memory
         require_equal(args.onnx_out, [expected, random_logits("onnxruntime", path)])
     print(f"{args.onnx_out}: {count} weights, which give PyTorch's logits")
 
