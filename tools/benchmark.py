@@ -6,8 +6,9 @@ python3 -m tools.benchmark --peers                    PyTorch in fp32 and what a
 
 Each run, BACKEND:DTYPE, has its own process; its baseline is BACKEND:reference, the backend's fp32 model in run.py
 --reference. In every round each run answers the same samples, of the data set's distribution of lengths, so a ratio
-holds if the machine's speed drifts. A GPU runs only one process at a time, so there the rounds of a run are measured
-before the next one starts. Without ML_MODEL_FILE_WITH_PATH the weights are random: speed does not depend on them.
+holds if the machine's speed drifts. SingleStream is measured before Offline, so that each run has one process at a
+time. A GPU runs only one process at a time, so there a run's rounds are measured before the next run starts.
+Without ML_MODEL_FILE_WITH_PATH the weights are random: speed does not depend on them.
 LoadGen is left out: with a backend that computes nothing it handles over 100,000 samples a second.
 """
 
@@ -20,6 +21,7 @@ import os
 import queue
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -148,7 +150,7 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
 
 
 class Run:
-    """One BACKEND:DTYPE, a process for each scenario in which it is measured, and what was measured."""
+    """One BACKEND:DTYPE, its process in each scenario, and what was measured."""
 
     fault = ""  # why it could not be measured
 
@@ -156,7 +158,6 @@ class Run:
         self.name = name
         self.backend, self.dtype = name.split(":")
         self.baseline = self.dtype == "reference"  # it answers one sample after another in any scenario
-        self.scenarios = ("SingleStream",) if self.baseline else ("SingleStream", "Offline")
         self.rates: list[float] = []  # samples/s of each round
         self.latencies: list[list[float]] = []  # milliseconds, of each round
         self.logits: dict[int, np.ndarray] = {}
@@ -172,25 +173,26 @@ class Run:
         context = multiprocessing.get_context("spawn")
         self.pipes[scenario], other = context.Pipe()
         # The arguments must be small: multiprocessing waits forever if a process dies before it has read them.
-        args = other, self.backend, self.dtype, scenario, self.model
+        args = other, self.backend, self.dtype, "SingleStream" if self.baseline else scenario, self.model
         self.processes[scenario] = context.Process(target=serve, args=args, daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: after Ctrl-C `main` ends the processes
         self.processes[scenario].start()
+        signal.signal(signal.SIGINT, handler)
         other.close()  # so that `recv` here fails if the process dies
         self.answer(scenario, np.array([], int))  # returns when the model is loaded
 
-    def try_to_open(self, scenario: str) -> bool:
-        """Start the process of a scenario as `open` does; return whether it runs. Only a peer may fail."""
+    def attempt(self, step: Callable[..., None], *args: Any) -> None:
+        """Do a step of the measurement, unless one has failed before. Raises UserError if it is not a peer's."""
         try:
             if not self.fault:
-                self.open(scenario)
+                step(*args)
         except config.UserError as error:
             if self.backend not in PEERS:
                 raise
-            for started in list(self.pipes):
-                self.close(started)
+            for scenario in list(self.pipes):
+                self.close(scenario)
             self.fault = f"{error}; not measured"
             config.notice(self.fault)
-        return not self.fault
 
     def close(self, scenario: str) -> None:
         """End the process of a scenario."""
@@ -214,11 +216,11 @@ class Run:
         return list(seconds)
 
     def measure(self, scenario: str, rows: np.ndarray) -> None:
-        """Measure a round: in SingleStream the latencies, in Offline the throughput, of the baseline both."""
+        """Measure a round: in SingleStream the latencies, in Offline the throughput."""
         seconds = self.answer(scenario, rows)
         if scenario == "SingleStream":
             self.latencies.append([1e3 * second for second in seconds])
-        if scenario == "Offline" or self.baseline:
+        else:
             self.rates.append(len(rows) / sum(seconds))
 
 
@@ -266,30 +268,36 @@ def table_row(run: Run, baseline: Run, operations: float, peak: dict[str, float]
 
 
 def measure_interleaved(runs: list[Run], queries: Callable[[Run, str], np.ndarray], rounds: int) -> dict[str, float]:
-    """Measure `rounds` rounds of all runs, whose processes exist at once; return the CPU's peak in each dtype."""
-    runs = [run for run in runs if all(map(run.try_to_open, run.scenarios))]
+    """Measure rounds of all runs, whose processes exist at once, in each scenario; return the CPU's peak by dtype."""
     peak: dict[str, float] = {}
-    for number in range(rounds):
-        config.log_progress(f"round {number + 1} of {rounds}")
+    for scenario in ("SingleStream", "Offline"):
         for run in runs:
-            for scenario in run.scenarios:
-                run.measure(scenario, queries(run, scenario))
-        measure_peak(peak)
+            run.attempt(run.open, scenario)
+        for number in range(rounds):
+            config.log_progress(f"{scenario}, round {number + 1} of {rounds}")
+            for run in runs:
+                run.attempt(run.measure, scenario, queries(run, scenario))
+            measure_peak(peak)
+        for run in runs:
+            run.attempt(run.close, scenario)
     return peak
 
 
 def measure_on_gpu(runs: list[Run], queries: Callable[[Run, str], np.ndarray], rounds: int) -> dict[str, float]:
-    """Measure one process after another, each with queries of GPU_SECONDS; return the GPU's peak in each dtype."""
+    """Measure one process after another, each with queries of GPU_SECONDS; return the GPU's peak by dtype."""
+
+    def measure(run: Run, scenario: str) -> None:
+        run.open(scenario)
+        rows = queries(run, scenario)
+        run.answer(scenario, rows)  # the first query finds caches empty and clocks low
+        rows = np.tile(rows, math.ceil(GPU_SECONDS / sum(run.answer(scenario, rows))))
+        for _ in range(rounds):
+            run.measure(scenario, rows)
+        run.close(scenario)
+
     for run in runs:
-        for scenario in run.scenarios:
-            if not run.try_to_open(scenario):
-                continue
-            rows = queries(run, scenario)
-            run.answer(scenario, rows)  # the first query finds caches empty and clocks low
-            rows = np.tile(rows, math.ceil(GPU_SECONDS / sum(run.answer(scenario, rows))))
-            for _ in range(rounds):
-                run.measure(scenario, rows)
-            run.close(scenario)
+        for scenario in ("SingleStream", "Offline"):
+            run.attempt(measure, run, scenario)
     return gpu_peak()
 
 
@@ -336,8 +344,7 @@ def main() -> None:
     args = parse_args()
     on_gpu = find_device().type == "cuda"
     names = args.runs or (GPU_RUNS if on_gpu else DEFAULT_RUNS if args.peers is None else PEER_RUNS)
-    dtypes = [run.partition(":")[2] for run in names]
-    peers, absent = peer_runs(PEERS if args.peers == [] else args.peers or (), dtypes)
+    peers, absent = peer_runs(PEERS if args.peers == [] else args.peers or (), [run.split(":")[1] for run in names])
     squad, features = load_features(*config.dataset_files())
     vocab_file = os.environ["VOCAB_FILE"] = config.dataset_files()[1]  # also if a process's model is in another folder
     given = config.local_model(os.environ.get("ML_MODEL_FILE_WITH_PATH", ""))
@@ -348,8 +355,7 @@ def main() -> None:
             file.write(b"0\n1\n2\n3\n")
     bert_config = read_config(model_files(folder).config_file)
     rows = spread_samples(features.lengths, min(args.samples, len(features)))
-    # a real query of Offline has dozens of samples of each length
-    query = spread_samples(features.lengths, min(3 * args.samples, len(features)), group=4)
+    query = spread_samples(features.lengths, min(3 * args.samples, len(features)), 4)  # Offline has many of a length
     few = rows[: max(2, len(rows) // 4)]  # for the baseline, which takes the same time for each sample
 
     def queries(run: Run, scenario: str) -> np.ndarray:
@@ -357,7 +363,12 @@ def main() -> None:
 
     backends = dict.fromkeys(run.partition(":")[0] for run in names)
     runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *names, *peers]]
-    peak = (measure_on_gpu if on_gpu else measure_interleaved)(runs, queries, args.rounds)
+    try:
+        peak = (measure_on_gpu if on_gpu else measure_interleaved)(runs, queries, args.rounds)
+    finally:
+        for process in multiprocessing.active_children():  # those that are left after an error or Ctrl-C
+            process.terminate()
+            process.join()
     absent += [run.fault for run in runs if run.fault]
     runs = [run for run in runs if not run.fault]
     baselines = {run.backend: run for run in runs if run.baseline}
@@ -371,17 +382,17 @@ def main() -> None:
         f1 = f"{f1_score(squad, features, read_vocab(vocab_file), run.logits):.2f}" if scored else ""
         table.append(table_row(run, baselines.get(run.backend, runs[0]), operations, peak, f1))
     text = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
-    tokens = features.lengths[query].mean()
     device = f", {gpus.describe(gpus.find_gpus())}" if on_gpu and gpus.find_gpus() else ""
     gemm = ", ".join(f"{name} {rate / 1e9:.0f} Gop/s" for name, rate in peak.items())
-    samples = f"{len(query)} samples of {tokens:.0f} tokens on average"
-    note = f"{folder}{device}, {samples}; rounds: {args.rounds}; peak GEMM: {gemm}"
-    note = "\n\n".join((note, *absent))
+    samples = f"{len(query)} samples of {features.lengths[query].mean():.0f} tokens on average"
+    units = f"samples/s are those of Offline, latencies of SingleStream; peers' baseline: {runs[0].name}"
+    basis = f"{folder}{device}, {samples}; rounds: {args.rounds}; {units}; peak GEMM: {gemm}"
+    note = "\n\n".join((basis, *absent))
     print(text, note, sep="\n\n")
     with atomic_write(os.path.join(FOLDER, "table.md"), REMEDY, "a benchmark's table") as file:
         file.write(f"{text}\n\n{note}\n".encode())
-    rates, latencies = {run.name: run.rates for run in runs}, {run.name: run.latencies for run in runs}
-    result = {"note": note, "rows": table, "rates": rates, "latencies_ms": latencies}
+    rounds = {"rates": {run.name: run.rates for run in runs}, "latencies_ms": {run.name: run.latencies for run in runs}}
+    result = {"note": note, "rows": table, **rounds}
     write_json(os.path.join(FOLDER, "table.json"), result, REMEDY, "a benchmark's results")
 
 
