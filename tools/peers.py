@@ -160,6 +160,7 @@ class OnnxRuntime(Peer):
         import onnxruntime
         import torch
         from onnxruntime.quantization import quantize_dynamic
+        from onnxruntime.transformers.fusion_options import FusionOptions
         from onnxruntime.transformers.optimizer import optimize_model
 
         sample = (torch.ones((1, 8), dtype=torch.long),) * 3
@@ -172,7 +173,10 @@ class OnnxRuntime(Peer):
             names = {"input_names": list(INPUTS), "output_names": list(OUTPUTS), "dynamic_axes": axes}
             torch.onnx.export(bert, sample, path, **names, opset_version=17, dynamo=False)
             release(bert)
-            model = optimize_model(path, "bert", sizes.num_attention_heads, sizes.hidden_size)
+            fusions = FusionOptions("bert")
+            fusions.enable_shape_inference = False  # BERT's fusions do not use it, and BERT-Large's takes 6 GB
+            heads, hidden = sizes.num_attention_heads, sizes.hidden_size
+            model = optimize_model(path, "bert", heads, hidden, optimization_options=fusions)
             model.save_model_to_file(path)
             del model
             release(bert)
