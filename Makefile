@@ -73,13 +73,16 @@ convert: $(call packages,convert) ## convert BERT-Large's TensorFlow checkpoint 
 	$(PYTHON) bert_tf_to_pytorch.py
 	$(PYTHON) -m convert.quantize_onnx --calibration $(CALIBRATION)
 
+# An image's PYTHONDONTWRITEBYTECODE would make each of the tests' processes compile the project again.
+test coverage: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: test
 test: $(call packages,test) ## check the code and run all tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy .
 	$(PYTHON) -c "import vermin; vermin.main()" --target=3.10- --violations --no-tips --quiet *.py convert demo models tools
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test_pythons
 test_pythons: ## run the demo, the scorer and the network mode with each Python from 3.10 that this machine has
@@ -92,7 +95,7 @@ format: $(call packages,test) ## format the code
 .PHONY: coverage
 coverage: $(call packages,test) ## run the tests and list the lines and branches of the scripts that they miss
 	mkdir -p build/coverage
-	$(PYTHON) -m coverage run -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m coverage run -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report
 

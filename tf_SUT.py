@@ -77,7 +77,7 @@ def nodes_and_constants(definition: Any) -> tuple[list[GraphNode], dict[str, Gra
         if node.op == "Const":
             value = node.attr["value"].tensor
             shape, dtype = tuple(size.size for size in value.tensor_shape.dim), tf.as_dtype(value.dtype)
-            # TensorFlow takes a constant without values for zeros, which it may be if it is no matrix of weights.
+            # TensorFlow reads a constant without values as zeros. A vector may be zeros, a matrix of weights is not.
             stored = any(field.name.endswith(("_content", "_val")) for field, _ in value.ListFields())
             if dtype.is_floating and len(shape) == 2 and min(shape) > 1 and not stored:
                 raise ValueError(f"the weight {node.name} has no values")

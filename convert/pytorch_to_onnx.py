@@ -40,10 +40,9 @@ def build_model(bert_config: dict[str, Any], weights: Mapping[str, Any], length:
     shape = ["batch", length or "length"]
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in INPUTS]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in OUTPUTS]
+    opsets = [helper.make_opsetid("", 20)]  # 20 is the first with Gelu
     # The constants are added to the model itself, because each helper copies what it is given: 1.3 GB of BERT-Large.
-    model = helper.make_model(
-        helper.make_graph([], "BERT", inputs, outputs), opset_imports=[helper.make_opsetid("", 20)], ir_version=10
-    )  # 20 is the first with Gelu
+    model = helper.make_model(helper.make_graph([], "BERT", inputs, outputs), opset_imports=opsets, ir_version=10)
     constants = model.graph.initializer
 
     def constant(value: Any, name: str = "") -> str:  # returns its name, as `add` does

@@ -40,7 +40,6 @@ QUANTIZERS = {"QuantizeLinear", "QuantizeV2", "FakeQuantWithMinMaxVars", "FakeQu
 DYNAMIC = ("DynamicQuantize",)  # beginnings of names
 INT8 = (*DYNAMIC, "QLinear", "QAttention", "QGemm", "MatMulInteger", "QuantizedMatMul")
 
-
 LONGEST = 500  # characters of a library's message; TensorFlow's may hold a weight's values
 
 

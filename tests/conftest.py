@@ -13,8 +13,8 @@ from helpers import DEMO_ENV, EXACT, SHARED, main_of, predict, random_batch, ran
 from backends import RunOptions, load_backend
 from config import UserError
 
-# OpenMP's threads spin while they wait. Two workers share the cores, so spinning threads of one take them from the
-# other: a SingleStream run of the demo took 66 s of processor time beside other tests, and 7 s without spinning.
+# OpenMP's threads spin while they wait. Workers share the cores, so spinning threads of one take them from the
+# others: a SingleStream run of the demo took 66 s of processor time beside other tests, and 7 s without spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 

@@ -10,7 +10,6 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from backends import Backend, RunOptions
 from config import UserError
@@ -48,7 +47,7 @@ SHORT_RUNS = """
 *.*.max_duration = 20000
 *.*.min_query_count = 20
 *.Offline.target_qps = 100
-*.Server.target_qps = 40
+*.Server.target_qps = 200
 *.Server.target_latency = 500
 *.SingleStream.target_latency = 5
 *.MultiStream.target_latency = 20
@@ -225,6 +224,8 @@ def run_loadgen(settings, log_settings, audit_conf, samples=20):
 @contextlib.contextmanager
 def refused(*words):
     """Assert that the block raises a UserError of one line that holds `words`; yield pytest's ExceptionInfo of it."""
+    import pytest  # not at the top: it takes half of the time in which a process with a fake backend starts
+
     with pytest.raises(UserError) as error:
         yield error
     for word in (*words, ""):

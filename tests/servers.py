@@ -52,12 +52,12 @@ class Server:
     It computes in one thread, because the tests' other processes need the cores.
     """
 
-    def __init__(self, folder, *args, script="run.py"):
+    def __init__(self, folder, *args, script="run.py", backend="pytorch"):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             self.port = free.getsockname()[1]
         self.url, self.log = f"http://localhost:{self.port}", folder / f"server-{self.port}.txt"
-        args = "--network=sut", "--backend=pytorch", f"--port={self.port}", *args
+        args = "--network=sut", f"--backend={backend}", f"--port={self.port}", *args
         command, env = command_of(script, *args, MLC_MAX_NUM_THREADS=1)
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=folder, env=env, stderr=log)

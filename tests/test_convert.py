@@ -94,7 +94,9 @@ def test_a_checkpoint_stores_kernels_transposed(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_the_commands_convert_a_model_to_every_form_and_back(command, tiny, tmp_path, monkeypatch, caplog):
+    """In one process; test_readme.py runs them as a user does."""
     caplog.set_level("INFO", "bert")
+    monkeypatch.setattr(bert_tf_to_pytorch, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     command(pytorch_to_tf, "--model", tiny.folder / "model", "--tf_checkpoint", "tf/model.ckpt")
     source = "--tf_checkpoint", "tf/model.ckpt", "--bert_config", "tf/bert_config.json"
     outputs = "--pytorch_out", "new/model.pytorch", "--onnx_out", "new/model.onnx"

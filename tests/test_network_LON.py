@@ -19,7 +19,6 @@ from run import parse_args
 from squad_QSL import SquadQSL
 
 SCENARIOS = ["Offline", "SingleStream", "MultiStream", "Server"]
-CONF = SHORT_RUNS.replace("Server.target_qps = 40", "Server.target_qps = 200")
 SLOW = "time.sleep(0.02)"
 
 
@@ -27,7 +26,7 @@ SLOW = "time.sleep(0.02)"
 def demo(tmp_path_factory):
     """Return two servers of the demo's model."""
     folder = tmp_path_factory.mktemp("demo")
-    with running_servers(Server(folder), Server(folder, "--node=B")) as servers:
+    with running_servers(*(Server(folder, f"--node={name}", backend="onnxruntime") for name in "AB")) as servers:
         yield servers
 
 
@@ -70,7 +69,7 @@ def local(tmp_path_factory):
     """Return (the last line, the responses) of a run of the demo's model on this machine, on the first 60 samples."""
     folder = tmp_path_factory.mktemp("local")
     (folder / "user.conf").write_text(SHORT_RUNS)
-    args = "--backend=pytorch", "--accuracy", "--max_examples=60"
+    args = "--backend=onnxruntime", "--accuracy", "--max_examples=60"
     result = run_script("run.py", *args, cwd=folder, LOG_PATH="logs", MLC_MAX_NUM_THREADS=1)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1], {row: logits.tobytes() for row, logits in responses(folder / "logs").items()}
@@ -83,7 +82,7 @@ def lon_args(servers, scenario, *args):
 @pytest.fixture
 def lon(script, tmp_path):
     """Return a function of (servers, scenario, flag, …) that runs run.py --network=lon with its logs in logs/."""
-    (tmp_path / "user.conf").write_text(CONF)
+    (tmp_path / "user.conf").write_text(SHORT_RUNS)
 
     def run(servers, scenario, *args):
         result = script("run.py", *lon_args(servers, scenario, *args), LOG_PATH="logs")
@@ -164,7 +163,7 @@ def test_a_servers_unknown_vocabulary_stays_unknown(echo):
     [("Offline", signal.SIGKILL, 334), ("Server", signal.SIGTERM, 334), ("SingleStream", signal.SIGSTOP, 100)],
 )
 def test_a_run_that_loses_a_server_loses_no_sample(tmp_path, slow, qsl, scenario, sent, count):
-    (tmp_path / "user.conf").write_text(CONF)
+    (tmp_path / "user.conf").write_text(SHORT_RUNS)
     args = lon_args(slow, scenario, "--accuracy", "--batch_tokens=200", f"--max_examples={count}")
     with running("run.py", *args, cwd=tmp_path, LOG_PATH="logs") as process:
         time.sleep(0.5)

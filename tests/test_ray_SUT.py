@@ -24,7 +24,6 @@ if not importlib.util.find_spec("ray"):  # imported by `driver`, because Ray rea
     pytest.skip("the package ray is absent", allow_module_level=True)
 pytestmark = pytest.mark.slow
 
-CONF = SHORT_RUNS.replace("Server.target_qps = 40", "Server.target_qps = 200")
 # run.py with another backend on the actors: ONNX Runtime's, which starts fastest, but its `predict` first executes
 # BODY, except for one sample (the warm-up).
 SCRIPT = f"""\
@@ -95,7 +94,7 @@ def driver(cluster, monkeypatch, tmp_path):
 def local(tmp_path_factory):
     """Return the responses of an accuracy run without Ray, {sample: bytes}."""
     folder = tmp_path_factory.mktemp("local")
-    (folder / "user.conf").write_text(CONF)
+    (folder / "user.conf").write_text(SHORT_RUNS)
     result = run_script("run.py", "--backend=onnxruntime", "--accuracy", cwd=folder, LOG_PATH="logs")
     assert result.returncode == 0, result.stderr
     return logged(folder / "logs")
@@ -145,7 +144,7 @@ def listening(files):
 @pytest.fixture
 def fake_run(tmp_path):
     """Return a function of (BODY of SCRIPT, flag, …, NAME=value) that starts a run and yields its process."""
-    (tmp_path / "user.conf").write_text(CONF)
+    (tmp_path / "user.conf").write_text(SHORT_RUNS)
 
     def start(body, *args, **variables):
         script = tmp_path / "run.py"
@@ -157,7 +156,7 @@ def fake_run(tmp_path):
 
 
 def test_two_nodes_answer_with_the_bytes_of_one_process(script, local, tmp_path, cluster):
-    (tmp_path / "user.conf").write_text(CONF)
+    (tmp_path / "user.conf").write_text(SHORT_RUNS)
     args = "--backend=ray:onnxruntime", "--scenario=Server", "--accuracy"
     result = script("run.py", *args, LOG_PATH="ray", **cluster)
     assert result.returncode == 0, result.stderr
@@ -336,7 +335,7 @@ def test_what_an_actor_cannot_use_is_named(driver, monkeypatch, tmp_path):
         driver.find_placements()
 
 
-def test_a_closed_backend_leaves_its_threads_alive_and_refuses_batches(driver, tmp_path):
+def test_a_closed_backend_leaves_its_threads_alive_and_refuses_batches(cluster, tmp_path):
     """In another process, which Ray would end if a thread called it after its end."""
     script = tmp_path / "driver.py"
     script.write_text(f"""\
@@ -380,5 +379,5 @@ try:
 except UserError as error:
     print("refused", error)
 """)
-    result = run_script(script, cwd=tmp_path)
+    result = run_script(script, cwd=tmp_path, **cluster)
     assert result.returncode == 0 and result.stdout.startswith("refused"), result.stderr

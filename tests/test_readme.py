@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import DEMO_ENV, LIMIT_S, ROOT, SHORT_RUNS
+from helpers import DEMO_ENV, DEMO_ONNX, LIMIT_S, ROOT, SHORT_RUNS
 
 import config
 from run import parse_args
@@ -85,7 +85,8 @@ def project(tmp_path_factory):
     (folder / "bert_calibration_features.txt").write_text("0\n1\n2\n3\n")
     questions = re.findall(r'"id": "([^"]+)"', (ROOT / "demo/dev.json").read_text())
     (folder / "predictions.json").write_text(json.dumps(dict.fromkeys(questions, "an answer")))
-    succeed(folder, sys.executable, "run.py", "--backend=pytorch", "--accuracy", "--max_examples=8", **DEMO_ENV)
+    run = "run.py", "--backend=onnxruntime", "--accuracy", "--max_examples=8"
+    succeed(folder, sys.executable, *run, **DEMO_ENV | {"ML_MODEL_FILE_WITH_PATH": DEMO_ONNX})
     shutil.copy(folder / "build/logs/mlperf_log_accuracy.json", folder)
     for name in ("logs-fp32", "logs-int8"):
         shutil.copytree(folder / "build/logs", folder / name)

@@ -29,7 +29,7 @@ import run
 for name in ("accuracy", *run.SCENARIOS):
     os.environ["LOG_PATH"] = name
     flags = ["--accuracy"] if name == "accuracy" else [f"--scenario={name}", "--max_examples=200"]
-    sys.argv = ["run.py", "--backend=pytorch", "--report", *flags]
+    sys.argv = ["run.py", "--backend=onnxruntime", "--report", *flags]
     with open(f"{name}.stdout", "w") as file, contextlib.redirect_stdout(file):
         run.main()
 """
@@ -40,7 +40,7 @@ def logs(tmp_path_factory):
     """Return the folder of run.py's logs and reports: one per scenario, and "accuracy"; NAME.stdout beside each."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "user.conf").write_text(SHORT_RUNS)
-    env = command_of("tools.report")[1]
+    env = command_of("tools.report", "--backend=onnxruntime")[1]
     subprocess.run([sys.executable, "-c", RUNS], cwd=folder, env=env, check=True, timeout=LIMIT_S)
     return folder
 

@@ -25,7 +25,7 @@ from tools.report.plots import MANY
 from tools.report.read import PIECE, find_folders, read_run, read_trace
 
 DETAIL, TRACE, ACCURACY = "mlperf_log_detail.txt", "mlperf_log_trace.json", "mlperf_log_accuracy.json"
-FUZZ = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+FUZZ = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -311,7 +311,7 @@ def test_a_comparison_keeps_no_run_in_memory(page, tmp_path):
 @pytest.mark.slow
 def test_the_time_of_many_runs_grows_with_their_number_only(tmp_path):
     samples = [sample(1000 * place, place, place % 300, 10**7 + place) for place in range(3000)]
-    for place in range(150):
+    for place in range(90):
         write_run(tmp_path / f"runs/{place:03}", samples=samples)
 
     def cost(count):
@@ -321,7 +321,7 @@ def test_the_time_of_many_runs_grows_with_their_number_only(tmp_path):
         return time.process_time() - start
 
     cost(21)  # fonts and modules are loaded
-    few, many = cost(50), cost(150)
+    few, many = cost(30), cost(90)
     assert many < 60 and many < 4.5 * few  # three times as many runs
 
 

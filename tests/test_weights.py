@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -46,6 +47,14 @@ def shards(folder, weights):
     (folder / "model.safetensors").unlink()
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Return the folder of a BERT of 101 MB."""
+    folder = tmp_path_factory.mktemp("large")
+    random_bert(folder, **LARGE)
+    return folder
+
+
 FORMS = [as_it_is, state_dict, half, old_state_dict, shards]
 
 
@@ -64,14 +73,15 @@ def mapped_bytes(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps is Linux's")
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_a_part_of_the_files_is_in_memory_while_a_model_is_made_and_nothing_afterwards(tmp_path, form):
-    random_bert(tmp_path, **LARGE)
+def test_a_part_of_the_files_is_in_memory_while_a_model_is_made_and_nothing_afterwards(large, tmp_path, form):
+    shutil.copytree(large, tmp_path, dirs_exist_ok=True)
     form(tmp_path, load_file(tmp_path / "model.safetensors"))
     bert_config, weights = open_weights(str(tmp_path))
     found = []
 
     def make_linear(name, weight, bias):
-        found.append(mapped_bytes(tmp_path))
+        if name.endswith("down"):  # the last of a layer
+            found.append(mapped_bytes(tmp_path))
         return PrepackedLinear(weight, bias)
 
     with torch.inference_mode():
