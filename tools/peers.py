@@ -6,6 +6,7 @@ length, because padding costs more than a batch gains on a CPU.
 
 import gc
 import importlib.util
+import logging
 import os
 import queue
 import shutil
@@ -41,9 +42,9 @@ class Peer(Backend):
         self.name = f"{options.backend}, {options.dtype}"
         if self.cpu_only and reference.device.type != "cpu":
             raise config.UserError("runs on CPUs only; set USE_GPU=0")
-        from transformers.utils import logging
+        import transformers
 
-        logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is deprecated in the frameworks' own code
             self.logits = self.make(reference.model, options)
@@ -165,6 +166,9 @@ class OnnxRuntime(Peer):
 
         sample = (torch.ones((1, 8), dtype=torch.long),) * 3
         axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, *OUTPUTS)}
+        logging.getLogger("onnxruntime.transformers").setLevel(
+            logging.ERROR
+        )  # no warning of what is switched off below
         sizes = bert.config
         bert.set_attn_implementation("eager")  # the tool fuses this form into its Attention, and no other
         bert.forward = lambda *inputs, call=bert.forward: call(**dict(zip(INPUTS, inputs)), return_dict=False)
