@@ -47,13 +47,17 @@ class PrepackedLinear(Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
+        # Without AVX-512, oneDNN's gelu takes a fifth of an fp32 product; PyTorch's takes 4 % and has the same bits.
+        self.slow_gelu = weight.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
     def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         """Return x W' + b, its gelu, or its sum with `residual`."""
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-        operator, algorithm = ("gelu", "none") if gelu else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, operator, (), algorithm)
+        fused = gelu and not self.slow_gelu
+        operator, algorithm = ("gelu", "none") if fused else ("none", "")
+        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, operator, (), algorithm)
+        return F.gelu(y) if gelu and not fused else y
 
 
 def uint8_range(low: Tensor, high: Tensor) -> tuple[float, int]:

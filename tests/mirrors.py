@@ -58,8 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = len(body) > 1
             return None
         cut = faults.get("cut", []).pop(0) if faults.get("cut") else len(body)
+        self.server.sent.append((name, first, len(body[:cut])))  # a test looks once the client has all
         self.wfile.write(body[:cut])
-        self.server.sent.append((name, first, len(body[:cut])))
         self.close_connection = cut < len(body)
         return None
 

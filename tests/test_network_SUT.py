@@ -315,8 +315,8 @@ def test_a_signal_ends_the_server_although_a_request_is_open(tmp_path, sent):
         time.sleep(0.3)
         started = time.monotonic()
         assert server.end(sent) == 0
-        assert time.monotonic() - started < 5
-        asking.join(5)
+        assert time.monotonic() - started < 10
+        asking.join(20)
         assert "Traceback" not in server.log.read_text() and not asking.is_alive()
 
 

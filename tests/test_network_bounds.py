@@ -127,7 +127,7 @@ def test_the_work_of_a_closed_connection_is_dropped(policy):
             time.sleep(0.3)
         started = time.monotonic()
         assert answers(server)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 15
         assert len(server.sut.backend.batches) < 20 and not server.sut.chunks and not server.sut.lengths
 
 

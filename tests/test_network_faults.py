@@ -192,7 +192,7 @@ def test_a_response_has_one_deadline_and_one_limit(impatient, answer):
         started = time.monotonic()
         with refused(url, "no SUT is left"):
             backend.predict(random_batch(5))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
 
 
 def test_a_server_without_seals_that_never_answers_is_lost_in_the_end(impatient, monkeypatch, fake):

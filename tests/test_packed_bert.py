@@ -111,3 +111,26 @@ def test_attention_stays_within_a_sample(kind):
         assert (result[sample] - expected).abs().max() < (1e-5 if kind == torch.float32 else 0.06)
         assert torch.equal(result[sample], attention(qkv[sample], heads, [length]))
     assert torch.equal(result[sum(lengths) :], result[:1].expand(2, -1)), "rows after the samples repeat the first row"
+
+
+@pytest.fixture
+def threads():
+    """Return torch.set_num_threads; the number is as before after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_a_gelu_has_the_same_bits_within_the_product_and_after_it(threads):
+    """Also with numbers of threads that do not divide the values, whose shares end within a vector."""
+    generator = torch.Generator().manual_seed(0)
+    layer = PrepackedLinear(torch.randn(1536, 64, generator=generator), torch.randn(1536, generator=generator))
+    for count in (1, 2, 3, 5, 7):
+        threads(count)
+        for rows in (16, 48, 112, 272):
+            x = torch.randn(rows, 64, generator=generator) * torch.logspace(-3, 1, rows)[:, None]
+            results = []
+            for layer.slow_gelu in (False, True):
+                results.append(layer(x, gelu=True))
+            assert torch.equal(*results), (count, rows)

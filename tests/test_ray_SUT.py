@@ -1,6 +1,7 @@
 """The Ray backend on a local cluster and on two nodes, with the demo's model: responses, lost actors, faults."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DEMO_ENV, DEMO_ONNX, ROOT, SHORT_RUNS, random_batch, refused, run_script, running
+from helpers import DEMO_ENV, DEMO_ONNX, LIMIT_S, ROOT, SHORT_RUNS, random_batch, refused, run_script, running
 from servers import responses
 
 from backends import Backend, RunOptions
@@ -72,7 +73,7 @@ def cluster():
     finally:
         for node in reversed(nodes):
             node.terminate()
-            node.communicate(timeout=30)
+            node.communicate(timeout=LIMIT_S)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -162,12 +163,15 @@ def test_two_nodes_answer_with_the_bytes_of_one_process(script, local, tmp_path,
     assert result.returncode == 0, result.stderr
     assert "2 actors on 2 nodes" in result.stderr
     assert logged(tmp_path / "ray") == local
+    record = json.loads((tmp_path / "ray/record.json").read_text())
+    assert re.match(r"Ray [\d.]+, 2 actors on 2 nodes: ONNX Runtime", record["backend"])
+    assert record["model"] == DEMO_ONNX
 
 
 def test_a_local_cluster_listens_on_loopback_only_and_ends_with_the_run(tmp_path, fake_run, local, ray_folder):
     with fake_run("time.sleep(0.2)", "--max_examples=60", "--batch_tokens=400") as process:
         addresses = listening(set.union(*open_files(ray_folder).values()))
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=LIMIT_S)
     assert addresses == {"0100007F", "0000000000000000FFFF00000100007F"}
     assert process.returncode == 0, err
     assert "exact_match" in out.splitlines()[-1]
@@ -190,13 +194,13 @@ def test_lost_actors_are_replaced_and_change_no_response(tmp_path, fake_run, loc
     body = f"""open(os.path.join({str(tmp_path)!r}, f"{{os.getpid()}}.pid"), "w").close()
             time.sleep(0.1 * int.from_bytes(os.urandom(1)) / 255)"""
     with fake_run(body, "--batch_tokens=400", **cluster) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + LIMIT_S
         while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
             time.sleep(0.5)
-        err = process.communicate(timeout=120)[1]
+        err = process.communicate(timeout=LIMIT_S)[1]
     assert process.returncode == 0, err
     assert err.count("notice: a Ray actor is lost") == 2
     assert len(list(tmp_path.glob("*.pid"))) == 4  # the replacements have run batches as well
@@ -207,6 +211,8 @@ def fake_class():
     """Return a backend of no model. A class of this function travels to the nodes by value."""
 
     class Fake(Backend):
+        dtype = "fp16"
+
         def __init__(self, options, prepared_by):
             here = "driver" if prepared_by == os.getpid() else "another process"
             self.name = f"{options.dtype}, prepared in {here}, USE_GPU={os.environ.get('USE_GPU')}"
@@ -252,6 +258,10 @@ class TestFakeBackend:
         expected = r"Ray [\d.]+, 2 actors on 2 nodes: bf16, prepared in another process, USE_GPU=off"
         assert re.fullmatch(expected, fake_backend.name), fake_backend.name
         assert (fake_backend.vocab_size, fake_backend.batch_policy, fake_backend.concurrency) == (None, "single", 4)
+        assert (fake_backend.dtype, fake_backend.model_path) == (
+            "fp16",
+            DEMO_ENV["ML_MODEL_FILE_WITH_PATH"],
+        )  # for the run's record
         assert (fake_backend.predict(random_batch(5)) == 5).all()
 
     def test_the_nodes_get_the_python_files_of_the_root_and_models_and_nothing_else(self, fake_backend):
@@ -279,17 +289,6 @@ def test_int8_is_calibrated_once_on_the_driver(driver, monkeypatch, tmp_path):
     backend = driver.RayBackend("pytorch", PyTorchBackend, options)
     assert len(list((tmp_path / "build/cache").glob("int8-*.npz"))) == 1
     assert backend.predict(batch).tobytes() == PyTorchBackend(options).predict(batch).tobytes()
-
-
-def test_actors_run_another_backend(driver, monkeypatch):
-    from onnxruntime_SUT import OnnxRuntimeBackend
-
-    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", DEMO_ONNX)
-    options, batch = RunOptions(backend="ray:onnxruntime"), random_batch(20, vocab_size=2400)
-    backend = driver.RayBackend("onnxruntime", OnnxRuntimeBackend, options)
-    assert re.search(r"Ray .*: ONNX Runtime", backend.name)
-    assert (backend.model_path, backend.dtype) == (DEMO_ONNX, "fp32")  # for the run's record
-    assert backend.predict(batch).tobytes() == OnnxRuntimeBackend(options).predict(batch).tobytes()
 
 
 def test_resources_that_other_work_holds_are_named(driver, monkeypatch):
@@ -321,15 +320,15 @@ def test_a_cluster_that_does_not_answer_is_named(driver, monkeypatch, address):
 
 
 def test_what_an_actor_cannot_use_is_named(driver, monkeypatch, tmp_path):
-    from pytorch_SUT import PyTorchBackend
+    from onnxruntime_SUT import OnnxRuntimeBackend
 
-    with refused("no-model.pytorch", "cannot read the model"):
-        monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "no-model.pytorch")
-        driver.RayBackend("pytorch", PyTorchBackend, RunOptions())
-    (tmp_path / "model.pytorch").write_text("no model")
-    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "model.pytorch")
-    with refused("model.pytorch", "damaged"):
-        driver.RayBackend("pytorch", PyTorchBackend, RunOptions())
+    with refused("no-model.onnx", "cannot read the model"):
+        monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "no-model.onnx")
+        driver.RayBackend("onnxruntime", OnnxRuntimeBackend, RunOptions(backend="ray:onnxruntime"))
+    (tmp_path / "model.onnx").write_text("no model")
+    monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "model.onnx")
+    with refused("model.onnx", "damaged"):
+        driver.RayBackend("onnxruntime", OnnxRuntimeBackend, RunOptions(backend="ray:onnxruntime"))
     monkeypatch.setenv("MLC_MAX_NUM_THREADS", "64")
     with refused("64 cores", "MLC_MAX_NUM_THREADS"):
         driver.find_placements()

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import DEMO_ENV, ROOT, random_batch
+from helpers import DEMO_ENV, LIMIT_S, ROOT, random_batch
 
 from backends import Backend
 
@@ -72,7 +72,7 @@ def test_an_actor_on_a_gpu_has_two_calls_at_once(tmp_path):
         env = {name: value for name, value in os.environ.items() if name not in drop} | variables
         command = [sys.executable, tmp_path / "driver.py"]
         result = subprocess.run(
-            command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False
         )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith("1 actors on 1 nodes: GPUs 0 (2, 2, 5120) 2.0")

@@ -332,5 +332,5 @@ def test_a_phone_need_not_scroll_sideways(report, logs, tmp_path, names):
     flags += " disable-component-update disable-sync virtual-time-budget=5000 dump-dom"
     command = [browser, *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={tmp_path / 'browser'}"]
     command += [f"file://{tmp_path / 'frame.html'}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
     assert int(re.search("<title>width ([0-9]+)", shown.stdout)[1]) <= 360

@@ -87,7 +87,7 @@ def test_a_signal_ends_a_run_within_seconds(long_run, scenario, sent, status):
         process.send_signal(sent)
         started = time.monotonic()
         message = process.communicate(timeout=30)[1]
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert process.returncode == status
     assert "incomplete" in message and "Traceback" not in message
 
@@ -108,7 +108,7 @@ def test_a_signal_ends_every_stage_within_seconds(long_run, stage, sent):
     with long_run(*flags, body="pass", setup=STAGES[stage], wait=stage) as process:
         time.sleep(0.3)
         process.send_signal(sent)
-        message = process.communicate(timeout=10)[1]
+        message = process.communicate(timeout=20)[1]
     assert process.returncode in (128 + sent, -sent)
     assert "Traceback" not in message
 
@@ -121,7 +121,7 @@ def test_a_clock_that_jumps_ends_the_run(long_run, jump_s):
         if time.time.__name__ == "time":
             time.time = lambda real=time.time: real() + {jump_s}"""
     with long_run(body=body) as process:
-        message = process.communicate(timeout=10)[1]
+        message = process.communicate(timeout=20)[1]
     assert process.returncode == 1
     assert f"clock jumped by {jump_s}.0 s" in message and "Traceback" not in message
 

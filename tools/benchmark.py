@@ -2,11 +2,13 @@
 
 python3 -m tools.benchmark --quick                                    PyTorch, BERT-Large, under three minutes
 python3 -m tools.benchmark --runs pytorch:fp32 pytorch:bf16 onnxruntime:fp32
+python3 -m tools.benchmark --peers                    PyTorch in fp32 and what a user would choose instead
 
 Each run, BACKEND:DTYPE, has its own process; its baseline is BACKEND:reference, the backend's fp32 model in run.py
 --reference. In every round each run answers the same samples, of the data set's distribution of lengths, so a ratio
-holds if the machine's speed drifts. A GPU runs only one process at a time, so there the rounds of a run are measured
-before the next one starts. Without ML_MODEL_FILE_WITH_PATH the weights are random: speed does not depend on them.
+holds if the machine's speed drifts. SingleStream is measured before Offline, so that each run has one process at a
+time. A GPU runs only one process at a time, so there a run's rounds are measured before the next run starts.
+Without ML_MODEL_FILE_WITH_PATH the weights are random: speed does not depend on them.
 LoadGen is left out: with a backend that computes nothing it handles over 100,000 samples a second.
 """
 
@@ -19,6 +21,7 @@ import os
 import queue
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,14 +44,16 @@ from models.model_files import model_files, read_config, weight_shapes
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker
+from tools.peak import gpu_peak, measure_peak
+from tools.peers import PEERS, load_peer, peer_runs
 
 FOLDER = os.path.join(config.BUILD_DIR, "benchmark")
 REMEDY = "free disk space or correct the permissions"
 ALL_RUNS = [f"{backend}:{dtype}" for backend, entry in BACKENDS.items() for dtype in entry.dtypes]
 DEFAULT_RUNS = ["pytorch:fp32", "pytorch:bf16", "pytorch:int8"]
 GPU_RUNS = ["pytorch:fp32", "pytorch:fp16"]  # the defaults on a GPU; --dtype=bf16 needs a newer one than fp16 does
+PEER_RUNS = ["pytorch:fp32"]  # the default with --peers; more of them need more memory
 GPU_SECONDS = 3  # a query on a GPU is repeated until it takes as long
-GPU_GEMM_SIZE = 8192  # rows and columns of the products that give a GPU's peak
 
 
 def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarray:
@@ -64,7 +69,7 @@ def convert_model(backend: str, dtype: str, folder: str) -> str:
 
     The name of a converted model has a digest of all that it is made from, so that an old one is not used.
     """
-    if backend == "pytorch":
+    if backend == "pytorch" or backend in PEERS:
         return folder
     files = model_files(folder)
     sources = [files.config_file, *sorted(glob.glob(f"{config.ROOT}/convert/*.py"))]
@@ -125,7 +130,8 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
     options = RunOptions(backend_name, scenario, dtype="fp32" if reference else dtype, reference=reference)
     try:
         worker = Worker()
-        backend = worker.submit(lambda: load_backend(options)).result()
+        load = load_peer if backend_name in PEERS else load_backend
+        backend: Backend = worker.submit(lambda: load(options)).result()
         qsl = SquadQSL(load_features(*config.dataset_files())[1])
         worker.submit(lambda: backend.predict(qsl.longest_batch())).result()
         plan = plan_batching(options, backend, qsl)
@@ -140,17 +146,18 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
     except EOFError:
         pass  # the parent has ended
     except Exception as error:  # noqa: BLE001 - the parent reports it
-        pipe.send(config.UserError(f"{backend_name}:{dtype}: {error}"))
+        pipe.send(config.UserError(f"{backend_name}:{dtype}: {config.first_line(error)}"))
 
 
 class Run:
-    """One BACKEND:DTYPE, a process for each scenario in which it is measured, and what was measured."""
+    """One BACKEND:DTYPE, its process in each scenario, and what was measured."""
+
+    fault = ""  # why it could not be measured
 
     def __init__(self, name: str, folder: str) -> None:
         self.name = name
         self.backend, self.dtype = name.split(":")
         self.baseline = self.dtype == "reference"  # it answers one sample after another in any scenario
-        self.scenarios = ("SingleStream",) if self.baseline else ("SingleStream", "Offline")
         self.rates: list[float] = []  # samples/s of each round
         self.latencies: list[list[float]] = []  # milliseconds, of each round
         self.logits: dict[int, np.ndarray] = {}
@@ -166,11 +173,26 @@ class Run:
         context = multiprocessing.get_context("spawn")
         self.pipes[scenario], other = context.Pipe()
         # The arguments must be small: multiprocessing waits forever if a process dies before it has read them.
-        args = other, self.backend, self.dtype, scenario, self.model
+        args = other, self.backend, self.dtype, "SingleStream" if self.baseline else scenario, self.model
         self.processes[scenario] = context.Process(target=serve, args=args, daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: after Ctrl-C `main` ends the processes
         self.processes[scenario].start()
+        signal.signal(signal.SIGINT, handler)
         other.close()  # so that `recv` here fails if the process dies
         self.answer(scenario, np.array([], int))  # returns when the model is loaded
+
+    def attempt(self, step: Callable[..., None], *args: Any) -> None:
+        """Do a step of the measurement, unless one has failed before. Raises UserError if it is not a peer's."""
+        try:
+            if not self.fault:
+                step(*args)
+        except config.UserError as error:
+            if self.backend not in PEERS:
+                raise
+            for scenario in list(self.pipes):
+                self.close(scenario)
+            self.fault = f"{error}; not measured"
+            config.notice(self.fault)
 
     def close(self, scenario: str) -> None:
         """End the process of a scenario."""
@@ -194,11 +216,11 @@ class Run:
         return list(seconds)
 
     def measure(self, scenario: str, rows: np.ndarray) -> None:
-        """Measure a round: in SingleStream the latencies, in Offline the throughput, of the baseline both."""
+        """Measure a round: in SingleStream the latencies, in Offline the throughput."""
         seconds = self.answer(scenario, rows)
         if scenario == "SingleStream":
             self.latencies.append([1e3 * second for second in seconds])
-        if scenario == "Offline" or self.baseline:
+        else:
             self.rates.append(len(rows) / sum(seconds))
 
 
@@ -208,43 +230,6 @@ def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
     linear = 2 * (4 * hidden * hidden + 2 * hidden * inner)
     layer = sum(length * (linear + 4 * length * hidden) for length in map(int, lengths))
     return bert_config["num_hidden_layers"] * layer
-
-
-def gpu_peak() -> dict[str, float]:
-    """Return the GEMM throughput in operations/s of each dtype that the GPU has instructions for."""
-    import torch
-
-    from models import cuda_bert
-    from pytorch_SUT import DTYPES
-
-    device = torch.device("cuda", 0)
-    names = ["fp32", "fp16"] + ["bf16"] * (torch.cuda.get_device_capability(device) >= cuda_bert.FLASH)
-    return {name: cuda_bert.product_rate(device, DTYPES[name], GPU_GEMM_SIZE) for name in names}
-
-
-def measure_peak(peak: dict[str, float]) -> None:
-    """Raise `peak` to the GEMM throughput in operations/s of each dtype that the processor has instructions for."""
-    import torch
-
-    from models.packed_bert import Int8Linear, Linear, PrepackedLinear
-    from pytorch_SUT import cpu_runs
-
-    rows, inputs, outputs = 2048, 1024, 4096
-    with torch.inference_mode():
-        x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-        layers: list[tuple[str, Any, torch.Tensor]] = []
-        if cpu_runs("int8"):
-            int8 = Int8Linear(weight, bias, x.amin(0), x.amax(0), torch.bfloat16)
-            layers.append(("int8", int8, int8.quantize(x)))
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            for kind in (Linear, PrepackedLinear) if cpu_runs(name) else ():
-                layers.append((name, kind(weight.to(dtype), bias.to(dtype)), x.to(dtype)))
-        for name, layer, matrix in layers:
-            for _ in range(6):
-                begin = time.perf_counter()
-                layer(matrix)
-                rate = 2 * rows * inputs * outputs / (time.perf_counter() - begin)
-                peak[name] = max(peak.get(name, 0), rate)
 
 
 def f1_score(squad: Squad, features: Features, vocab: dict[str, int], logits: dict[int, np.ndarray]) -> float:
@@ -283,31 +268,36 @@ def table_row(run: Run, baseline: Run, operations: float, peak: dict[str, float]
 
 
 def measure_interleaved(runs: list[Run], queries: Callable[[Run, str], np.ndarray], rounds: int) -> dict[str, float]:
-    """Measure `rounds` rounds of all runs, whose processes exist at once; return the CPU's peak in each dtype."""
-    for run in runs:
-        for scenario in run.scenarios:
-            run.open(scenario)
+    """Measure rounds of all runs, whose processes exist at once, in each scenario; return the CPU's peak by dtype."""
     peak: dict[str, float] = {}
-    for number in range(rounds):
-        config.log_progress(f"round {number + 1} of {rounds}")
+    for scenario in ("SingleStream", "Offline"):
         for run in runs:
-            for scenario in run.scenarios:
-                run.measure(scenario, queries(run, scenario))
-        measure_peak(peak)
+            run.attempt(run.open, scenario)
+        for number in range(rounds):
+            config.log_progress(f"{scenario}, round {number + 1} of {rounds}")
+            for run in runs:
+                run.attempt(run.measure, scenario, queries(run, scenario))
+            measure_peak(peak)
+        for run in runs:
+            run.attempt(run.close, scenario)
     return peak
 
 
 def measure_on_gpu(runs: list[Run], queries: Callable[[Run, str], np.ndarray], rounds: int) -> dict[str, float]:
-    """Measure one process after another, each with queries of GPU_SECONDS; return the GPU's peak in each dtype."""
+    """Measure one process after another, each with queries of GPU_SECONDS; return the GPU's peak by dtype."""
+
+    def measure(run: Run, scenario: str) -> None:
+        run.open(scenario)
+        rows = queries(run, scenario)
+        run.answer(scenario, rows)  # the first query finds caches empty and clocks low
+        rows = np.tile(rows, math.ceil(GPU_SECONDS / sum(run.answer(scenario, rows))))
+        for _ in range(rounds):
+            run.measure(scenario, rows)
+        run.close(scenario)
+
     for run in runs:
-        for scenario in run.scenarios:
-            run.open(scenario)
-            rows = queries(run, scenario)
-            run.answer(scenario, rows)  # the first query finds caches empty and clocks low
-            rows = np.tile(rows, math.ceil(GPU_SECONDS / sum(run.answer(scenario, rows))))
-            for _ in range(rounds):
-                run.measure(scenario, rows)
-            run.close(scenario)
+        for scenario in ("SingleStream", "Offline"):
+            run.attempt(measure, run, scenario)
     return gpu_peak()
 
 
@@ -317,6 +307,8 @@ def parse_args() -> argparse.Namespace:
     add, count = parser.add_argument, config.positive_int
     runs = f"{', '.join(ALL_RUNS)} (default: {' '.join(DEFAULT_RUNS)}; on a GPU {' '.join(GPU_RUNS)})"
     add("--runs", nargs="+", choices=ALL_RUNS, metavar="BACKEND:DTYPE", help=runs)
+    peers = f"also measure {', '.join(PEERS)} (default: all that are installed), in the dtypes of --runs"
+    add("--peers", nargs="*", choices=list(PEERS), metavar="PEER", help=f"{peers} (default: {' '.join(PEER_RUNS)})")
     add("--samples", type=count, default=32, help="samples in a round, in Offline three times as many (default: 32)")
     add("--rounds", "--turns", type=count, default=3, help="rounds of all runs (default: 3)")
     add("--quick", action="store_true", help="8 samples, 1 round")
@@ -351,7 +343,8 @@ def main() -> None:
 
     args = parse_args()
     on_gpu = find_device().type == "cuda"
-    names = args.runs or (GPU_RUNS if on_gpu else DEFAULT_RUNS)
+    names = args.runs or (GPU_RUNS if on_gpu else DEFAULT_RUNS if args.peers is None else PEER_RUNS)
+    peers, absent = peer_runs(PEERS if args.peers == [] else args.peers or (), [run.split(":")[1] for run in names])
     squad, features = load_features(*config.dataset_files())
     vocab_file = os.environ["VOCAB_FILE"] = config.dataset_files()[1]  # also if a process's model is in another folder
     given = config.local_model(os.environ.get("ML_MODEL_FILE_WITH_PATH", ""))
@@ -362,16 +355,22 @@ def main() -> None:
             file.write(b"0\n1\n2\n3\n")
     bert_config = read_config(model_files(folder).config_file)
     rows = spread_samples(features.lengths, min(args.samples, len(features)))
-    # a real query of Offline has dozens of samples of each length
-    query = spread_samples(features.lengths, min(3 * args.samples, len(features)), group=4)
+    query = spread_samples(features.lengths, min(3 * args.samples, len(features)), 4)  # Offline has many of a length
     few = rows[: max(2, len(rows) // 4)]  # for the baseline, which takes the same time for each sample
 
     def queries(run: Run, scenario: str) -> np.ndarray:
         return few if run.baseline else query if scenario == "Offline" else rows
 
     backends = dict.fromkeys(run.partition(":")[0] for run in names)
-    runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *names]]
-    peak = (measure_on_gpu if on_gpu else measure_interleaved)(runs, queries, args.rounds)
+    runs = [Run(name, folder) for name in [*(f"{backend}:reference" for backend in backends), *names, *peers]]
+    try:
+        peak = (measure_on_gpu if on_gpu else measure_interleaved)(runs, queries, args.rounds)
+    finally:
+        for process in multiprocessing.active_children():  # those that are left after an error or Ctrl-C
+            process.terminate()
+            process.join()
+    absent += [run.fault for run in runs if run.fault]
+    runs = [run for run in runs if not run.fault]
     baselines = {run.backend: run for run in runs if run.baseline}
     operations = flops(bert_config, features.lengths[query]) / len(query)
     table = []
@@ -381,18 +380,19 @@ def main() -> None:
             config.notice(f"{run.name}: {samples} have other logits in Offline than in SingleStream")
         scored = given and len(run.logits) >= len(rows)
         f1 = f"{f1_score(squad, features, read_vocab(vocab_file), run.logits):.2f}" if scored else ""
-        table.append(table_row(run, baselines[run.backend], operations, peak, f1))
+        table.append(table_row(run, baselines.get(run.backend, runs[0]), operations, peak, f1))
     text = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
-    tokens = features.lengths[query].mean()
     device = f", {gpus.describe(gpus.find_gpus())}" if on_gpu and gpus.find_gpus() else ""
     gemm = ", ".join(f"{name} {rate / 1e9:.0f} Gop/s" for name, rate in peak.items())
-    samples = f"{len(query)} samples of {tokens:.0f} tokens on average"
-    note = f"{folder}{device}, {samples}; rounds: {args.rounds}; peak GEMM: {gemm}"
+    samples = f"{len(query)} samples of {features.lengths[query].mean():.0f} tokens on average"
+    units = f"samples/s are those of Offline, latencies of SingleStream; peers' baseline: {runs[0].name}"
+    basis = f"{folder}{device}, {samples}; rounds: {args.rounds}; {units}; peak GEMM: {gemm}"
+    note = "\n\n".join((basis, *absent))
     print(text, note, sep="\n\n")
     with atomic_write(os.path.join(FOLDER, "table.md"), REMEDY, "a benchmark's table") as file:
         file.write(f"{text}\n\n{note}\n".encode())
-    rates, latencies = {run.name: run.rates for run in runs}, {run.name: run.latencies for run in runs}
-    result = {"note": note, "rows": table, "rates": rates, "latencies_ms": latencies}
+    rounds = {"rates": {run.name: run.rates for run in runs}, "latencies_ms": {run.name: run.latencies for run in runs}}
+    result = {"note": note, "rows": table, **rounds}
     write_json(os.path.join(FOLDER, "table.json"), result, REMEDY, "a benchmark's results")
 
 

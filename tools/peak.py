@@ -1,0 +1,43 @@
+"""Measure the GEMM throughput of the processor and of a GPU: the peak that the benchmark compares with."""
+
+import time
+from typing import Any
+
+GPU_GEMM_SIZE = 8192  # rows and columns of the products that give a GPU's peak
+
+
+def gpu_peak() -> dict[str, float]:
+    """Return the GEMM throughput in operations/s of each dtype that the GPU has instructions for."""
+    import torch
+
+    from models import cuda_bert
+    from pytorch_SUT import DTYPES
+
+    device = torch.device("cuda", 0)
+    names = ["fp32", "fp16"] + ["bf16"] * (torch.cuda.get_device_capability(device) >= cuda_bert.FLASH)
+    return {name: cuda_bert.product_rate(device, DTYPES[name], GPU_GEMM_SIZE) for name in names}
+
+
+def measure_peak(peak: dict[str, float]) -> None:
+    """Raise `peak` to the GEMM throughput in operations/s of each dtype that the processor has instructions for."""
+    import torch
+
+    from models.packed_bert import Int8Linear, Linear, PrepackedLinear
+    from pytorch_SUT import cpu_runs
+
+    rows, inputs, outputs = 2048, 1024, 4096
+    with torch.inference_mode():
+        x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+        layers: list[tuple[str, Any, torch.Tensor]] = []
+        if cpu_runs("int8"):
+            int8 = Int8Linear(weight, bias, x.amin(0), x.amax(0), torch.bfloat16)
+            layers.append(("int8", int8, int8.quantize(x)))
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            for kind in (Linear, PrepackedLinear) if cpu_runs(name) else ():
+                layers.append((name, kind(weight.to(dtype), bias.to(dtype)), x.to(dtype)))
+        for name, layer, matrix in layers:
+            for _ in range(6):
+                begin = time.perf_counter()
+                layer(matrix)
+                rate = 2 * rows * inputs * outputs / (time.perf_counter() - begin)
+                peak[name] = max(peak.get(name, 0), rate)
