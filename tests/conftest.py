@@ -4,6 +4,7 @@ import os
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,22 @@ from config import UserError
 # OpenMP's threads spin while they wait. Workers share the cores, so spinning threads of one take them from the
 # others: a SingleStream run of the demo took 66 s of processor time beside other tests, and 7 s without spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Files whose tests import TensorFlow.
+TENSORFLOW = {"test_convert", "test_faults", "test_outputs", "test_run"}
+TENSORFLOW |= {"test_tf_SUT", "test_tf_graph_forms", "test_tf_graphs_generated"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Run a file in one worker, and all that import TensorFlow in the same, since that takes 5 s."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "tensorflow" if Path(nodeid.split("::")[0]).stem in TENSORFLOW else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):
@@ -75,17 +92,23 @@ def shared():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Return a BERT of random weights: .bert_config, .weights and .folder, with model and published, .onnx and .pb."""
-    pytest.importorskip("tensorflow")
-    from convert.freeze_tf import build_graph, write_graph
+    """Return a BERT of random weights: .bert_config, .weights and .folder with model, model.onnx and published.onnx."""
     from convert.pytorch_to_onnx import build_model, write_model
 
     folder = tmp_path_factory.mktemp("tiny")
     bert_config, weights = random_bert(folder / "model")
     for name, length in (("model", None), ("published", 384)):
         write_model(str(folder / f"{name}.onnx"), build_model(bert_config, weights, length))
-        write_graph(str(folder / f"{name}.pb"), build_graph(bert_config, weights, (1 if length else None, length)))
     return SimpleNamespace(bert_config=bert_config, weights=weights, folder=folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_graphs(tiny):
+    """Add model.pb and published.pb to the folder of `tiny`."""
+    from convert.freeze_tf import build_graph, write_graph
+
+    for name, shape in (("model", (None, None)), ("published", (1, 384))):
+        write_graph(str(tiny.folder / f"{name}.pb"), build_graph(tiny.bert_config, tiny.weights, shape))
 
 
 @pytest.fixture(scope="session")
