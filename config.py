@@ -276,6 +276,8 @@ def import_fault(error: BaseException) -> tuple[str, str] | None:
 
 def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Write one line for a package that cannot be imported, else the exception's traceback; for sys.excepthook."""
+    if isinstance(error, KeyboardInterrupt):
+        end_process("interrupted", 130)  # as in `run_command`
     fault = import_fault(error)
     if fault and (line := out_of_memory(error)):
         sys.stderr.write(f"{command_name()}: error: the package {fault[0]}: {line}\n")

@@ -4,6 +4,7 @@ import os
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +18,29 @@ from config import UserError
 # others: a SingleStream run of the demo took 66 s of processor time beside other tests, and 7 s without spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Files whose tests import TensorFlow.
+TENSORFLOW = {"test_convert", "test_faults", "test_outputs", "test_run"}
+TENSORFLOW |= {"test_tf_SUT", "test_tf_graph_forms", "test_tf_graphs_generated"}
+# Files whose tests take long together, although none of them is slow.
+LONG = {"test_run_failures", "test_network_bounds", "test_models_generated"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Run a file in one worker, and all that import TensorFlow in the same, since that takes 5 s."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "tensorflow" if Path(nodeid.split("::")[0]).stem in TENSORFLOW else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
 
 def pytest_collection_modifyitems(items):
-    """Start the files with the most slow tests first, so that all workers end at about the same time."""
+    """Start the longest files first, so that all workers end at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: -slow[item.path] - 10 * (item.path.stem in LONG))
 
 
 @pytest.fixture
@@ -75,17 +94,23 @@ def shared():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Return a BERT of random weights: .bert_config, .weights and .folder, with model and published, .onnx and .pb."""
-    pytest.importorskip("tensorflow")
-    from convert.freeze_tf import build_graph, write_graph
+    """Return a BERT of random weights: .bert_config, .weights and .folder with model, model.onnx and published.onnx."""
     from convert.pytorch_to_onnx import build_model, write_model
 
     folder = tmp_path_factory.mktemp("tiny")
     bert_config, weights = random_bert(folder / "model")
     for name, length in (("model", None), ("published", 384)):
         write_model(str(folder / f"{name}.onnx"), build_model(bert_config, weights, length))
-        write_graph(str(folder / f"{name}.pb"), build_graph(bert_config, weights, (1 if length else None, length)))
     return SimpleNamespace(bert_config=bert_config, weights=weights, folder=folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_graphs(tiny):
+    """Add model.pb and published.pb to the folder of `tiny`."""
+    from convert.freeze_tf import build_graph, write_graph
+
+    for name, shape in (("model", (None, None)), ("published", (1, 384))):
+        write_graph(str(tiny.folder / f"{name}.pb"), build_graph(tiny.bert_config, tiny.weights, shape))
 
 
 @pytest.fixture(scope="session")

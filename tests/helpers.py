@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from backends import Backend, RunOptions
 from config import UserError
@@ -71,6 +72,23 @@ def command_of(name, *args, **variables):
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(env.get("PYTHONPATH") or "")]))
     env = {key: str(value) for key, value in env.items() if value is not None}
     return list(map(str, [sys.executable, *script, *args])), env
+
+
+class Lazy:
+    """Stand for a module that is imported at its first use; skip the test module if its package is absent.
+
+    Every process of pytest collects all tests. With this, only the one that runs TensorFlow's imports it, for 5 s.
+    """
+
+    def __init__(self, name, package="tensorflow"):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"the package {package} is absent", allow_module_level=True)
+        self.__name__ = name
+
+    def __getattr__(self, name):
+        if name.startswith("_"):  # pytest asks for such names
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def main_of(name):

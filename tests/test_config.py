@@ -94,6 +94,13 @@ BROKEN = [
 ]
 
 
+@pytest.mark.parametrize("command", [("run.py", USER_CONF), ("squad_eval.py",), ("tools.benchmark",)])
+def test_ctrl_c_during_an_import_is_no_fault_of_the_package(script, tmp_path, command):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass")
+    result = script(*command, PYTHONPATH=tmp_path)
+    assert (result.returncode, result.stderr) == (130, f"{command[0]}: interrupted\n")
+
+
 @pytest.mark.parametrize("content, reason", BROKEN)
 def test_a_package_that_cannot_be_imported_is_found(tmp_path, monkeypatch, content, reason):
     (tmp_path / "a_package.py").write_text(content)

@@ -6,25 +6,26 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import DEMO_ENV, predict, random_batch, refused
+from helpers import DEMO_ENV, Lazy, predict, random_batch, refused
 
-pytest.importorskip("tensorflow")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import graph_changes
 import onnx
 import onnxruntime
-import tensorflow as tf
 from graph_changes import second_file, weights_are_inputs
 
 import bert_tf_to_pytorch
 from backends import RunOptions, load_backend
-from convert import freeze_tf, pytorch_to_onnx, pytorch_to_tf, quantize_onnx
-from convert.tf_checkpoint import read_checkpoint, variables, write_checkpoint
+from convert import pytorch_to_onnx, quantize_onnx
 from models.model_files import read_weights
 from models.outliers import outlier_scales
 
+pytestmark = pytest.mark.usefixtures("tiny_graphs")
+tf, freeze_tf, pytorch_to_tf, tf_checkpoint = map(
+    Lazy, ("tensorflow", "convert.freeze_tf", "convert.pytorch_to_tf", "convert.tf_checkpoint")
+)
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(56))]
 
 
@@ -48,7 +49,7 @@ def command(monkeypatch, tmp_path, capsys):
 
     def call(module, *args):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", [module.__file__, *map(str, args)])
+        monkeypatch.setattr("sys.argv", [module.__name__, *map(str, args)])
         module.main()
         return capsys.readouterr().out
 
@@ -58,7 +59,7 @@ def command(monkeypatch, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def stored(tiny):
     """Return the variables of the tiny BERT's checkpoint: {Google's name: array}."""
-    names = {google: name for google, (name, _) in variables(tiny.bert_config).items()}
+    names = {google: name for google, (name, _) in tf_checkpoint.variables(tiny.bert_config).items()}
     weights = {google: tiny.weights[name] for google, name in names.items()}
     return {google: array.T if google.endswith("kernel") else array for google, array in weights.items()}
 
@@ -66,7 +67,7 @@ def stored(tiny):
 def test_the_variables_have_google_berts_names_and_shapes(tiny):
     layer = "bert.encoder.layer"
     assert (
-        variables(tiny.bert_config).items()
+        tf_checkpoint.variables(tiny.bert_config).items()
         >= {
             "bert/embeddings/word_embeddings": ("bert.embeddings.word_embeddings.weight", (60, 48)),
             "bert/embeddings/LayerNorm/gamma": ("bert.embeddings.LayerNorm.weight", (48,)),
@@ -84,7 +85,7 @@ def test_the_variables_have_google_berts_names_and_shapes(tiny):
 
 
 def test_a_checkpoint_stores_kernels_transposed(tiny, tmp_path):
-    write_checkpoint(str(tmp_path / "model.ckpt"), tiny.bert_config, tiny.weights)
+    tf_checkpoint.write_checkpoint(str(tmp_path / "model.ckpt"), tiny.bert_config, tiny.weights)
     assert json.loads((tmp_path / "bert_config.json").read_text()) == tiny.bert_config
     reader = tf.train.load_checkpoint(str(tmp_path / "model.ckpt"))
     kernel = reader.get_tensor("bert/encoder/layer_0/intermediate/dense/kernel")
@@ -150,7 +151,8 @@ UNUSED = {
 @pytest.mark.parametrize("kind", UNUSED)
 def test_variables_that_question_answering_does_not_use_are_skipped(tiny, stored, tmp_path, caplog, kind):
     with caplog.at_level("INFO"):
-        weights = read_checkpoint(save(tmp_path / "model.ckpt", {**stored, **UNUSED[kind]}), tiny.bert_config)
+        prefix = save(tmp_path / "model.ckpt", {**stored, **UNUSED[kind]})
+        weights = tf_checkpoint.read_checkpoint(prefix, tiny.bert_config)
     assert f"39 variables used, {len(UNUSED[kind])} skipped" in caplog.text
     assert weights.keys() == tiny.weights.keys()
     assert all(np.array_equal(weights[name], tiny.weights[name]) for name in tiny.weights)
@@ -161,7 +163,7 @@ def test_a_graph_of_a_training_checkpoint_is_that_of_the_weights_alone(command, 
     """The demo's, whose score test_run.py checks."""
     bert_config, weights = read_weights(DEMO_ENV["ML_MODEL_FILE_WITH_PATH"])
     weights = {name: tensor.numpy() for name, tensor in weights.items()}
-    write_checkpoint(str(tmp_path / "demo/model.ckpt"), bert_config, weights)
+    tf_checkpoint.write_checkpoint(str(tmp_path / "demo/model.ckpt"), bert_config, weights)
     reader = tf.train.load_checkpoint(str(tmp_path / "demo/model.ckpt"))
     trained = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()} | UNUSED[kind]
     checkpoint = save(tmp_path / "model.ckpt", {**trained, "global_step": np.int64(3)})
@@ -188,7 +190,7 @@ FOREIGN = "bert/encoder/layer_2/output/dense/bias"
 def test_a_checkpoint_that_does_not_fit_is_refused(tiny, stored, tmp_path, changes, words):
     tensors = {name: value for name, value in {**stored, **changes}.items() if value is not None}
     with refused("model.ckpt", *words):
-        read_checkpoint(save(tmp_path / "model.ckpt", tensors), tiny.bert_config)
+        tf_checkpoint.read_checkpoint(save(tmp_path / "model.ckpt", tensors), tiny.bert_config)
 
 
 def test_a_damaged_checkpoint_is_refused(tiny, stored, tmp_path):
@@ -197,19 +199,19 @@ def test_a_damaged_checkpoint_is_refused(tiny, stored, tmp_path):
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
     with refused("model.ckpt"):
-        read_checkpoint(prefix, tiny.bert_config)
+        tf_checkpoint.read_checkpoint(prefix, tiny.bert_config)
     data.unlink()
     with refused("model.ckpt"):
-        read_checkpoint(prefix, tiny.bert_config)
+        tf_checkpoint.read_checkpoint(prefix, tiny.bert_config)
     (tmp_path / "model.ckpt.index").write_text("a text\n")
     with refused("model.ckpt", "not a checkpoint"):
-        read_checkpoint(prefix, tiny.bert_config)
+        tf_checkpoint.read_checkpoint(prefix, tiny.bert_config)
 
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
     """Write the tiny BERT's checkpoint and return the flags that name it."""
-    write_checkpoint(str(tmp_path / "source/model.ckpt"), tiny.bert_config, tiny.weights)
+    tf_checkpoint.write_checkpoint(str(tmp_path / "source/model.ckpt"), tiny.bert_config, tiny.weights)
     return "--tf_checkpoint", "source/model.ckpt", "--bert_config", "source/bert_config.json"
 
 
@@ -247,7 +249,7 @@ def test_a_converted_file_that_does_not_compute_the_same_is_not_kept(
         weights["qa_outputs.bias"] = weights["qa_outputs.bias"] + np.float32(amount)
         return result
 
-    monkeypatch.setattr(module, reader, wrong)
+    monkeypatch.setattr(f"{module.__name__}.{reader}", wrong)
     source = checkpoint if module is freeze_tf else ("--model", tiny.folder / "model")
     (tmp_path / "new").mkdir()
     old = (tiny.folder / ("model.onnx" if module is pytorch_to_onnx else "model.pb")).read_bytes()

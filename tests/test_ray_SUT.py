@@ -52,6 +52,7 @@ def cluster():
         address = f"127.0.0.2:{server.getsockname()[1]}"
     variables = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     common = "--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"
+    common += "--no-monitor", "--include-log-monitor=false"  # processes that run.py does not need
     port = address.split(":")[1]
     head = (
         "--node-ip-address=127.0.0.2",

@@ -2,15 +2,12 @@
 
 import numpy as np
 import pytest
-from helpers import predict, random_batch, random_bert, refused, samples
+from helpers import Lazy, predict, random_batch, random_bert, refused, samples
 
-pytest.importorskip("tensorflow")
-import tensorflow as tf
-
-import tf_SUT
-from convert.freeze_tf import build_graph, write_graph
 from models import gpus
 
+pytestmark = pytest.mark.usefixtures("tiny_graphs")
+tf, freeze_tf, backend_module = Lazy("tensorflow"), Lazy("convert.freeze_tf"), Lazy("tf_SUT")
 BACKEND = "tf"  # of the fixture `load`
 
 
@@ -18,8 +15,8 @@ BACKEND = "tf"  # of the fixture `load`
 @pytest.mark.parametrize("large, variables", [(2**40, 0), (4096, 10)])
 def test_both_forms_of_a_graph_give_pytorchs_logits(load, tiny, monkeypatch, name, large, variables):
     """With constants and with variables: four kernels in each of two layers, and two of the embeddings."""
-    monkeypatch.setattr(tf_SUT, "LARGE", large)
-    assert len(tf_SUT.read_graph(str(tiny.folder / name))[1]) == variables
+    monkeypatch.setattr("tf_SUT.LARGE", large)
+    assert len(backend_module.read_graph(str(tiny.folder / name))[1]) == variables
     batch = random_batch(384, 7, 150, 150)
     expected = predict(load(tiny.folder / "model", "pytorch"), batch)
     backend = load(tiny.folder / name)
@@ -62,7 +59,7 @@ def test_a_graph_that_is_not_berts_is_refused(load, tmp_path, changes, words):
         for name, shape in {**BERT, **changes}.items():
             if shape:
                 tf.compat.v1.placeholder(tf.float32 if name == "logits" else tf.int32, shape, name)
-    write_graph(str(tmp_path / "foreign.pb"), graph.as_graph_def())
+    freeze_tf.write_graph(str(tmp_path / "foreign.pb"), graph.as_graph_def())
     with refused("foreign.pb", "make convert", *words):
         load(tmp_path / "foreign.pb")
 
@@ -83,7 +80,7 @@ def test_a_weight_of_too_few_bytes_is_refused(load, tiny, tmp_path):
     values = (node.attr["value"].tensor for node in definition.node if node.op == "Const")
     largest = max(values, key=lambda tensor: len(tensor.tensor_content))
     largest.tensor_content = largest.tensor_content[:-4]
-    write_graph(str(tmp_path / "bad.pb"), definition)
+    freeze_tf.write_graph(str(tmp_path / "bad.pb"), definition)
     with refused("bad.pb", "damaged"):
         load(tmp_path / "bad.pb")
 
@@ -127,7 +124,7 @@ def test_offline_runs_one_batch_per_core_with_avx512_unless_the_threads_of_a_bat
 
 def test_norms_use_the_models_epsilon(load, tmp_path):
     bert_config, weights = random_bert(tmp_path / "model", layer_norm_eps=0.5)
-    write_graph(str(tmp_path / "model.pb"), build_graph(bert_config, weights))
+    freeze_tf.write_graph(str(tmp_path / "model.pb"), freeze_tf.build_graph(bert_config, weights))
     batch = random_batch(20)
     expected = predict(load(tmp_path / "model", "pytorch"), batch)
     assert np.abs(predict(load(tmp_path / "model.pb"), batch) - expected).max() < 1e-4

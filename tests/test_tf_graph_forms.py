@@ -7,15 +7,12 @@ tiny model's logits.
 
 import numpy as np
 import pytest
-from helpers import FP16, INT8
+from helpers import FP16, INT8, Lazy
 
-pytest.importorskip("tensorflow")
-import tensorflow as tf
-
-import tf_SUT
 from config import ONNX_INPUTS
-from convert.freeze_tf import write_graph
 
+pytestmark = pytest.mark.usefixtures("tiny_graphs")
+tf, freeze_tf, backend_module = Lazy("tensorflow"), Lazy("convert.freeze_tf"), Lazy("tf_SUT")
 MASK, SEGMENTS = "input_mask", "segment_ids"
 
 
@@ -223,8 +220,8 @@ OUTPUTS = [
 INPUTS = [
     ("names of MLPerf's int8 file", rename(**dict(zip(ONNX_INPUTS[0], ONNX_INPUTS[1]))), {}),
     ("names of both files", rename(**{MASK: "attention_mask"}), {}),
-    ("int64", cast_inputs(tf.int64, *ONNX_INPUTS[0]), {}),
-    ("an fp16 mask", cast_inputs(tf.float16, MASK), ["input_mask:0 float16", "int64 or int32"]),
+    ("int64", cast_inputs("int64", *ONNX_INPUTS[0]), {}),
+    ("an fp16 mask", cast_inputs("float16", MASK), ["input_mask:0 float16", "int64 or int32"]),
     ("another input that nothing uses", another_input, {}),
     ("other names", rename(input_ids="a", **{MASK: "b", SEGMENTS: "c"}), ["inputs are a:0, b:0, c:0", "input_ids"]),
 ]
@@ -262,7 +259,7 @@ def test_a_graph_of_every_form(check_form, tiny, tmp_path, what, make, result):
     made = make(definition, tmp_path)
     path = tmp_path / "m.pb"
     if hasattr(made, "node") or made is None:
-        write_graph(str(path), definition if made is None else made)
+        freeze_tf.write_graph(str(path), definition if made is None else made)
     else:
         path = made
     check_form(path, "tf", result)
@@ -271,7 +268,7 @@ def test_a_graph_of_every_form(check_form, tiny, tmp_path, what, make, result):
 def test_no_device_is_left_in_a_graph_or_its_functions(tiny, tmp_path):
     """So that a graph from a GPU runs on a machine without one, and one from a CPU uses a GPU."""
     definition = tf.compat.v1.GraphDef.FromString((tiny.folder / "model.pb").read_bytes())
-    write_graph(str(tmp_path / "m.pb"), one(in_a_function)(definition, tmp_path))
-    read = tf_SUT.read_definition(str(tmp_path / "m.pb"))
+    freeze_tf.write_graph(str(tmp_path / "m.pb"), one(in_a_function)(definition, tmp_path))
+    read = backend_module.read_definition(str(tmp_path / "m.pb"))
     nodes = [*read.node, *(node for function in read.library.function for node in function.node_def)]
     assert read.library.function and {node.device for node in nodes} == {""}

@@ -6,15 +6,15 @@ damaged. MODEL_EXAMPLES=2000 tries that many.
 
 import numpy as np
 import pytest
+import test_tf_graph_forms as forms
 from graph_faults import BYTE_FAULTS, KNOWN, one_of
-from helpers import EXACT
+from helpers import EXACT, Lazy
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("tensorflow")
-import tensorflow as tf
-import test_tf_graph_forms as forms
 from test_models_generated import check, examples, result
+
+pytestmark = pytest.mark.usefixtures("tiny_graphs")
+tf = Lazy("tensorflow")
 
 
 def constant_of(draw, definition, least=1):

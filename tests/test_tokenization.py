@@ -114,7 +114,7 @@ def test_words_up_to_250_characters_make_the_pieces_of_googles_rules(spelling):
     for token in ("a" * 150, "##" + "e" * 90, "##a" * 2, "e" * 3, "##σ", "##ς", "σ"):
         vocab.setdefault(token, len(vocab))
     token_ids = word_tokenizer(vocab)
-    for length in range(1, 251):
+    for length in (*range(1, 40), *range(70, 80), *range(185, 215), 250):
         word = spelling * length
         assert token_ids(word) == plain_bert.ids(word, vocab), f"{length} times {spelling!a}"
 
