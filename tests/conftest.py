@@ -85,6 +85,27 @@ def load(request, monkeypatch):
 
 
 @pytest.fixture
+def int8(monkeypatch):
+    """Compute PyTorch's int8 by a stand-in if the processor has no instructions for it."""
+    import int8_standin
+
+    from pytorch_SUT import cpu_runs
+
+    if not cpu_runs("int8"):
+        int8_standin.install(monkeypatch.setattr)
+
+
+@pytest.fixture(params=["fp32", "bf16", "int8"])
+def dtype(request, int8):
+    """Return each dtype of PyTorch on a CPU; skip bf16 if the processor has no instructions for it."""
+    from pytorch_SUT import cpu_runs
+
+    if not cpu_runs(request.param):
+        pytest.skip(f"this processor has no {request.param} instructions")
+    return request.param
+
+
+@pytest.fixture
 def shared():
     """Return the folder with SQuAD's validation set and a real small BERT; skip the test if it is absent."""
     if not SHARED.is_dir():

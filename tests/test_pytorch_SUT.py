@@ -11,14 +11,7 @@ import pytorch_SUT
 from backends import RunOptions
 from convert.calibration import input_ranges
 from models import packed_bert
-from pytorch_SUT import PyTorchBackend, PyTorchReference, cpu_runs
-
-
-@pytest.fixture(params=["fp32", "bf16", "int8"])
-def dtype(request):
-    if not cpu_runs(request.param):
-        pytest.skip(f"this processor has no {request.param} instructions")
-    return request.param
+from pytorch_SUT import PyTorchBackend, PyTorchReference
 
 
 @pytest.fixture
