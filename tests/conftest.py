@@ -1,6 +1,7 @@
 """The fixtures that several test modules use; helpers.py has the functions."""
 
 import os
+import signal
 import sys
 from collections import Counter
 from functools import partial
@@ -17,6 +18,9 @@ from config import UserError
 # OpenMP's threads spin while they wait. Workers share the cores, so spinning threads of one take them from the
 # others: a SingleStream run of the demo took 66 s of processor time beside other tests, and 7 s without spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A background job, as CI may be, starts with SIGINT ignored; so would the commands that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files whose tests import TensorFlow.
 TENSORFLOW = {"test_convert", "test_faults", "test_outputs", "test_run"}

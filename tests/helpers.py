@@ -186,9 +186,8 @@ class NullBackend(Backend):
 
 
 BACKEND_SCRIPT = """\
-import signal, sys, time
+import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, as CI may be, starts with SIGINT ignored
 import numpy as np
 import backends, config, run
 from helpers import NullBackend

@@ -96,7 +96,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("command", [("run.py", USER_CONF), ("squad_eval.py",), ("tools.benchmark",)])
 def test_ctrl_c_during_an_import_is_no_fault_of_the_package(script, tmp_path, command):
-    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass")
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
     result = script(*command, PYTHONPATH=tmp_path)
     assert (result.returncode, result.stderr) == (130, f"{command[0]}: interrupted\n")
 

@@ -1,5 +1,6 @@
 """tools/peers.py: peers compute what the baseline does, and one that cannot run is one line; no speed is tested."""
 
+import contextlib
 import json
 import os
 import signal
@@ -276,7 +277,11 @@ def test_ctrl_c_ends_all_processes_with_one_line(tmp_path):
         while "round 1" not in process.stderr.readline():
             pass
         os.killpg(process.pid, signal.SIGINT)
-        _, text = process.communicate(timeout=60)
+        try:
+            _, text = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # they have ended
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and set(handlers) == {"SIG_IGN"}
     assert text.strip().splitlines()[-1].endswith("interrupted") and "Traceback" not in text
     assert not any(os.path.exists(f"/proc/{number}") for number in started)
