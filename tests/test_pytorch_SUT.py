@@ -1,5 +1,7 @@
 """The PyTorch backend: the same bits in every batch, close to the baseline in every dtype."""
 
+import pickle
+
 import numpy as np
 import pytest
 from helpers import DEMO_ENV, random_batch, random_bert, refused, samples
@@ -86,7 +88,8 @@ def test_int8_calibrates_itself_unless_it_is_given_ranges(tmp_path, monkeypatch)
     options = RunOptions(dtype="int8")
     batch = random_batch(20, 9)
     expected = PyTorchBackend(options).predict(batch)
-    given = PyTorchBackend.prepare(options)
+    given = pickle.loads(pickle.dumps(PyTorchBackend.prepare(options)))  # as Ray sends it to its actors
+    assert len(list((tmp_path / "build/cache").glob("int8-*.npz"))) == 1  # calibrated once
     monkeypatch.setenv("DATASET_FILE", "none")
     assert PyTorchBackend(options, **given).predict(batch).tobytes() == expected.tobytes()
     with refused("none", "data set"):

@@ -281,17 +281,6 @@ class TestFakeBackend:
         assert (fake_backend.predict(random_batch(5)) == 5).all()
 
 
-def test_int8_is_calibrated_once_on_the_driver(driver, monkeypatch, tmp_path):
-    from pytorch_SUT import PyTorchBackend
-
-    (tmp_path / "calibration.txt").write_text("0\n1\n2\n")
-    monkeypatch.setenv("CALIBRATION_FILE", "calibration.txt")
-    options, batch = RunOptions(backend="ray", dtype="int8"), random_batch(20, 300, vocab_size=2400)
-    backend = driver.RayBackend("pytorch", PyTorchBackend, options)
-    assert len(list((tmp_path / "build/cache").glob("int8-*.npz"))) == 1
-    assert backend.predict(batch).tobytes() == PyTorchBackend(options).predict(batch).tobytes()
-
-
 def test_resources_that_other_work_holds_are_named(driver, monkeypatch):
     import ray
 
