@@ -24,7 +24,7 @@ from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from models import cuda_bert, gpus
 from models.model_files import COUNTS, WIDTHS, model_files, open_weights
-from models.packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges, outlier_factors
+from models.packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges
 from models.weights import Weights
 from squad_QSL import Batch
 
@@ -55,9 +55,7 @@ def linear_layer(dtype: str, ranges: Ranges, name: str, weight: Tensor, bias: Te
     if dtype == "int8":
         int8 = Int8Linear(weight, bias, *ranges[name], torch.bfloat16)
         if name.endswith(".up"):
-            down = ranges[name.replace("up", "down")]
-            if outlier_factors(*down) is None:  # a gelu of oneDNN has one scale for all channels
-                int8.quantize_gelu(*down)
+            int8.quantize_gelu(*ranges[name.replace("up", "down")])
         return int8
     weight, bias = weight.to(DTYPES[dtype]), bias.to(DTYPES[dtype])
     # oneDNN's blocked layout is for x86; PyTorch's own operators are faster on other processors.

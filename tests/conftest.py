@@ -100,11 +100,13 @@ def int8(monkeypatch):
 
 
 @pytest.fixture(params=["fp32", "bf16", "int8"])
-def dtype(request, int8):
+def dtype(request):
     """Return each dtype of PyTorch on a CPU; skip bf16 if the processor has no instructions for it."""
     from pytorch_SUT import cpu_runs
 
-    if not cpu_runs(request.param):
+    if request.param == "int8":
+        request.getfixturevalue("int8")
+    elif not cpu_runs(request.param):
         pytest.skip(f"this processor has no {request.param} instructions")
     return request.param
 

@@ -77,9 +77,8 @@ def test_a_dtype_that_the_processor_lacks_runs_in_fp32_with_a_notice(load, monke
     assert (backend.predict(random_batch(20)) == load("fp32").predict(random_batch(20))).all()
 
 
-def test_int8_calibrates_itself_unless_it_is_given_ranges(tmp_path, monkeypatch):
+def test_int8_calibrates_itself_unless_it_is_given_ranges(int8, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pytorch_SUT, "cpu_runs", lambda dtype: True)  # without instructions for it oneDNN is slow
     random_bert(tmp_path / "model", vocab_size=2400)
     (tmp_path / "list.txt").write_text("0\n1\n2\n")
     files = {"ML_MODEL_FILE_WITH_PATH": "model", "CALIBRATION_FILE": "list.txt"}

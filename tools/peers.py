@@ -166,9 +166,8 @@ class OnnxRuntime(Peer):
 
         sample = (torch.ones((1, 8), dtype=torch.long),) * 3
         axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, *OUTPUTS)}
-        logging.getLogger("onnxruntime.transformers").setLevel(
-            logging.ERROR
-        )  # no warning of what is switched off below
+        # No warning of what is switched off below.
+        logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
         sizes = bert.config
         bert.set_attn_implementation("eager")  # the tool fuses this form into its Attention, and no other
         bert.forward = lambda *inputs, call=bert.forward: call(**dict(zip(INPUTS, inputs)), return_dict=False)
