@@ -91,7 +91,7 @@ class Int8Linear:
         self.gelu_output = 1.0, 0, output_dtype, "gelu", (), "none"
 
     def quantize_gelu(self, low: Tensor, high: Tensor) -> None:
-        """Make a gelu return uint8 if the next layer, whose input has the range `low`, `high`, has no outlier channel."""
+        """Make a gelu return uint8 if the next layer's input, of the range `low` to `high`, has no outlier channel."""
         if outlier_factors(low, high) is None:  # a gelu of oneDNN has one scale for all channels
             self.gelu_output = *uint8_range(low, high), torch.uint8, "gelu", (), "none"
 
