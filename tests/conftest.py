@@ -18,6 +18,8 @@ from config import UserError
 # OpenMP's threads spin while they wait. Workers share the cores, so spinning threads of one take them from the
 # others: a SingleStream run of the demo took 66 s of processor time beside other tests, and 7 s without spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenBLAS starts its threads when NumPy is imported, for 0.27 s of processor time with two and 0.18 s with one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # A background job, as CI may be, starts with SIGINT ignored; so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,6 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from backends import Backend, RunOptions
 from config import UserError
@@ -23,6 +22,9 @@ DEMO_ENV = {
     "VOCAB_FILE": str(ROOT / "demo/model/vocab.txt"),
     "DATASET_FILE": str(ROOT / "demo/dev.json"),
 }
+# Commands compute in one thread, because ONNX Runtime's threads spin, and the tests' other processes need the cores:
+# SingleStream on the demo's data took 5.4 s of processor time with two, and 3.0 s with one.
+ONE_THREAD = {"MLC_MAX_NUM_THREADS": "1"}
 DEMO_SCORE = {"exact_match": 86.82634730538922, "f1": 90.56021988656722}  # in fp32
 DEMO_ONNX = str(ROOT / "demo/model/model.onnx")
 # Every backend answers in a test within seconds, on a busy machine in a minute; a command that hangs fails here.
@@ -58,14 +60,14 @@ SHORT_RUNS = """
 def command_of(name, *args, **variables):
     """Return (command, environment) of a script ("run.py") or module ("tools.report") of the project.
 
-    It runs on the demo's files. `variables` are environment variables; one given as None is unset.
+    It runs on the demo's files, in one thread. `variables` are environment variables; one given as None is unset.
     """
     model = (
         {"ML_MODEL_FILE_WITH_PATH": DEMO_ONNX}
         if {"--backend=onnxruntime", "--backend=ray:onnxruntime"} & {*args}
         else {}
     )
-    env = {**os.environ, **DEMO_ENV, **model, **variables}
+    env = {**os.environ, **DEMO_ENV, **ONE_THREAD, **model, **variables}
     script = [ROOT / name]
     if not str(name).endswith(".py"):
         script = ["-m", name]
@@ -81,6 +83,8 @@ class Lazy:
     """
 
     def __init__(self, name, package="tensorflow"):
+        import pytest  # not at the top: it takes a fifth of the time of a process with a fake backend
+
         if not importlib.util.find_spec(package):
             pytest.skip(f"the package {package} is absent", allow_module_level=True)
         self.__name__ = name
@@ -241,7 +245,7 @@ def run_loadgen(settings, log_settings, audit_conf, samples=20):
 @contextlib.contextmanager
 def refused(*words):
     """Assert that the block raises a UserError of one line that holds `words`; yield pytest's ExceptionInfo of it."""
-    import pytest  # not at the top: it takes half of the time in which a process with a fake backend starts
+    import pytest
 
     with pytest.raises(UserError) as error:
         yield error

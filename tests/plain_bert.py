@@ -3,6 +3,7 @@
 The rules are those of tokenization.py and run_squad.py in google-research/bert. Nothing here uses the project's code.
 """
 
+import functools
 from unicodedata import category, normalize
 
 CHINESE = {
@@ -112,11 +113,13 @@ def align(answer, words):
     return words[in_words[first] : in_words[last] + 1]
 
 
+@functools.cache
 def every_character():
     """Return all characters of Unicode except surrogates."""
     return [chr(number) for number in range(0x110000) if not 0xD800 <= number < 0xE000]
 
 
+@functools.cache
 def most_kinds():
     """Return the characters of Unicode, but only some of the Chinese, Hangul, private-use and unassigned ones."""
 

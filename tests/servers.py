@@ -47,10 +47,7 @@ config.run_command(run.main)
 
 
 class Server:
-    """A process of run.py --network=sut or of another script: .url, .port, .process, .log (the path of its output).
-
-    It computes in one thread, because the tests' other processes need the cores.
-    """
+    """A process of run.py --network=sut or of another script: .url, .port, .process, .log (the path of its output)."""
 
     def __init__(self, folder, *args, script="run.py", backend="pytorch"):
         with socket.socket() as free:
@@ -58,7 +55,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.url, self.log = f"http://localhost:{self.port}", folder / f"server-{self.port}.txt"
         args = "--network=sut", f"--backend={backend}", f"--port={self.port}", *args
-        command, env = command_of(script, *args, MLC_MAX_NUM_THREADS=1)
+        command, env = command_of(script, *args)
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=folder, env=env, stderr=log)
 

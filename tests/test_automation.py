@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import DEMO_ENV, LIMIT_S, ROOT
+from helpers import DEMO_ENV, LIMIT_S, ONE_THREAD, ROOT
 
 MODEL = ROOT / "demo/model/model.onnx"
 SAMPLES = 80
@@ -59,6 +59,7 @@ def shell(tmp_path):
         env = (
             os.environ
             | DEMO_ENV
+            | ONE_THREAD
             | {
                 "ML_MODEL_FILE_WITH_PATH": str(MODEL),
                 "LOG_PATH": str(log_path),

@@ -70,7 +70,7 @@ def local(tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
     (folder / "user.conf").write_text(SHORT_RUNS)
     args = "--backend=onnxruntime", "--accuracy", "--max_examples=60"
-    result = run_script("run.py", *args, cwd=folder, LOG_PATH="logs", MLC_MAX_NUM_THREADS=1)
+    result = run_script("run.py", *args, cwd=folder, LOG_PATH="logs")
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1], {row: logits.tobytes() for row, logits in responses(folder / "logs").items()}
 

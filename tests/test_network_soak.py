@@ -36,10 +36,6 @@ def json_of(count, length, padding):
     return json.dumps({"query": [dict(zip(INPUTS, lists))] * count}).encode()
 
 
-MANY, PADDED = json_of(100_000, 1, 0), json_of(512, 180, 204)
-LARGE = network_format.encode(random_batch(*[384] * 512))
-
-
 def leave(port, sent, seconds=0.0):
     """Send something and leave without the response, after `seconds`."""
     with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 10) as peer:
@@ -53,25 +49,24 @@ def refused(port, body, content_type="application/json"):
         post(f"http://localhost:{port}", body, content_type)
 
 
-KINDS = [
-    lambda port: leave(port, HEAD % (b"text/plain", len(PADDED)) + PADDED, 0.2),
-    lambda port: leave(port, HEAD % (b"text/plain", len(MANY)) + MANY, 0.1),
-    lambda port: leave(port, HEAD % (CONTENT_TYPE.encode(), len(LARGE)) + LARGE, 0.1),
-    lambda port: leave(port, HEAD % (CONTENT_TYPE.encode(), 10**6) + bytes(5 * 10**5), 0.5),
-    lambda port: leave(port, b"POST /pre", 0.5),
-    lambda port: leave(port, os.urandom(2000)),
-    lambda port: leave(port, b"POST /getname/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n" * 500, 0.1),
-    lambda port: refused(port, MANY[: 4 * 2**20 - 1]),
-    lambda port: refused(port, b"[" * 10**6),
-    lambda port: refused(port, b'{"query": [' + b"7, " * 10**6 + b"7]}"),
-    lambda port: refused(port, bytes(17 * 2**20), CONTENT_TYPE),
-    lambda port: leave(
-        port,
-        (HEAD % (b"text/plain", len(BOMB))).replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n") + BOMB,
-        0.2,
-    ),
-]
-BOMB = gzip.compress(bytes(10**8))
+def hostile_kinds(padded, large):
+    """Return functions of a port, each of which does a server harm; `padded` and `large` are valid requests."""
+    many, bomb = json_of(100_000, 1, 0), gzip.compress(bytes(10**8))
+    zipped = (HEAD % (b"text/plain", len(bomb))).replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+    return [
+        lambda port: leave(port, HEAD % (b"text/plain", len(padded)) + padded, 0.2),
+        lambda port: leave(port, HEAD % (b"text/plain", len(many)) + many, 0.1),
+        lambda port: leave(port, HEAD % (CONTENT_TYPE.encode(), len(large)) + large, 0.1),
+        lambda port: leave(port, HEAD % (CONTENT_TYPE.encode(), 10**6) + bytes(5 * 10**5), 0.5),
+        lambda port: leave(port, b"POST /pre", 0.5),
+        lambda port: leave(port, os.urandom(2000)),
+        lambda port: leave(port, b"POST /getname/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n" * 500, 0.1),
+        lambda port: refused(port, many[: 4 * 2**20 - 1]),
+        lambda port: refused(port, b"[" * 10**6),
+        lambda port: refused(port, b'{"query": [' + b"7, " * 10**6 + b"7]}"),
+        lambda port: refused(port, bytes(17 * 2**20), CONTENT_TYPE),
+        lambda port: leave(port, zipped + bomb, 0.2),
+    ]
 
 
 # Asks /getname/ until its standard input ends; prints the longest time in seconds. It is a separate process, because
@@ -95,6 +90,8 @@ def memory(server):
 
 @pytest.mark.slow
 def test_a_server_returns_to_its_first_memory_and_is_always_healthy(tmp_path):
+    padded, large = json_of(512, 180, 204), network_format.encode(random_batch(*[384] * 512))
+    kinds = itertools.cycle(hostile_kinds(padded, large))
     with running_servers(echo_server(tmp_path)) as (server,), ThreadPoolExecutor(4) as pool:
         backend = NetworkBackend(RunOptions(network="lon", sut_server=(server.url,)))
         batches = [random_batch(*lengths) for lengths in ([5], [178], [384], [100] * 20)]
@@ -107,15 +104,14 @@ def test_a_server_returns_to_its_first_memory_and_is_always_healthy(tmp_path):
         def settled_memory():
             """Return the memory after ordinary requests, among them the largest that are possible."""
             list(pool.map(ask, range(200)))
-            server.post(PADDED)
-            server.post(LARGE, CONTENT_TYPE)
+            server.post(padded)
+            server.post(large, CONTENT_TYPE)
             time.sleep(3)
             return memory(server)
 
         first = settled_memory()
         command = [sys.executable, "-c", HEALTH, server.url]
         health = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        kinds = itertools.cycle(KINDS)
         futures = []
         order = [True] * HOSTILE + [False] * (REQUESTS - HOSTILE)
         random.Random(0).shuffle(order)

@@ -1,6 +1,7 @@
 """tools/peers.py: peers compute what the baseline does, and one that cannot run is one line; no speed is tested."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ import pytest
 from helpers import DEMO_ENV, ROOT, predict, random_batch, random_bert, refused
 
 pytest.importorskip("torch", reason="the peers run PyTorch's model")
-pytest.importorskip("transformers", reason="the peers run Hugging Face's model")
+if not importlib.util.find_spec("transformers"):
+    pytest.skip("the package transformers is absent, and the peers run its model", allow_module_level=True)
 
 import torch
 

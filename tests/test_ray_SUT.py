@@ -152,7 +152,7 @@ def fake_run(tmp_path):
         script = tmp_path / "run.py"
         script.write_text(SCRIPT.replace("BODY", body))
         args = "--backend=ray:onnxruntime", "--accuracy", *args
-        return running(script, *args, cwd=tmp_path, LOG_PATH="ray", **variables)
+        return running(script, *args, cwd=tmp_path, LOG_PATH="ray", MLC_MAX_NUM_THREADS=None, **variables)
 
     return start
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import DEMO_ENV, DEMO_ONNX, LIMIT_S, ROOT, SHORT_RUNS
+from helpers import DEMO_ENV, DEMO_ONNX, LIMIT_S, ONE_THREAD, ROOT, SHORT_RUNS
 
 import config
 from run import parse_args
@@ -80,7 +80,7 @@ SCRIPTS = {
 
 def succeed(folder, *command, **variables):
     """Run a command in `folder`, which must succeed; returns the CompletedProcess."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}  # other tests run at the same time
+    env = {**os.environ, **ONE_THREAD, **variables}
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert result.returncode == 0, result.stderr
     return result

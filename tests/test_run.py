@@ -103,10 +103,7 @@ def test_a_samples_response_is_the_same_bytes_in_every_scenario(
     (tmp_path / "user.conf").write_text(SHORT_RUNS)
     (tmp_path / "runs.py").write_text(RUNS)
     args = (f"--backend={backend}", f"--dtype={dtype}", "--accuracy", ",".join(scenarios))
-    threads = {
-        "OMP_NUM_THREADS": None,
-        "MLC_MAX_NUM_THREADS": None,
-    }  # one per core, whatever the tests are started with
+    threads = {"OMP_NUM_THREADS": None, "MLC_MAX_NUM_THREADS": None}  # one per core, unlike in the other tests
     result = run_script(tmp_path / "runs.py", *args, cwd=tmp_path, ML_MODEL_FILE_WITH_PATH=model, **threads)
     assert result.returncode == 0, result.stderr
     scores = [line for line in result.stdout.splitlines() if "exact_match" in line]

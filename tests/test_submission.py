@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import DEMO_ENV, DEMO_ONNX, PLAN_VALUES, ROOT, refused, run_script
+from helpers import DEMO_ENV, DEMO_ONNX, ONE_THREAD, PLAN_VALUES, ROOT, refused, run_script
 
 from tools.submission import __main__, runs, tree
 from tools.submission.check import FIELDS, LOG_FOLDERS, RULES, SCENARIOS, check, seeds
@@ -22,7 +22,6 @@ pytestmark = pytest.mark.slow  # six real runs
 
 VERSION = "v6.0"  # whose seeds are not those that LoadGen has built in
 VALUES = PLAN_VALUES | {"backend": "onnxruntime", "model": DEMO_ONNX, "dataset": "dev.json", "version": VERSION}
-VARIABLES = {"MLC_MAX_NUM_THREADS": "1"}  # threads would wait for one another on a busy machine
 CONF = """
 *.*.min_duration = 100
 *.*.min_query_count = 64
@@ -51,7 +50,7 @@ def made(tmp_path_factory):
     (folder / "dev.json").write_text(json.dumps(dataset | {"data": dataset["data"][:8]}))
     (folder / "user.conf").write_text(CONF)
     write_plan(folder)
-    result = run_script("tools.submission", "plan.toml", cwd=folder, **VARIABLES)
+    result = run_script("tools.submission", "plan.toml", cwd=folder)
     assert "written" in result.stdout, result.stderr
     return folder, result
 
@@ -70,7 +69,7 @@ def folder(made, monkeypatch):
     copy = made[0].parent / "copy"
     shutil.copytree(made[0], copy)
     monkeypatch.chdir(copy)
-    for name, value in VARIABLES.items():
+    for name, value in ONE_THREAD.items():  # as in `made`
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(runs, "execute", execute)
     yield copy
