@@ -4,4 +4,6 @@ import os
 
 import config  # noqa: F401 - before the packages of the modules, so that it reports those that cannot be imported
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no notices of TensorFlow's about the processor or a missing GPU
+# As in tf_SUT.py: no notices about the processor or a missing GPU, and no import of Keras 3.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")

@@ -135,14 +135,14 @@ def test_quantization_takes_a_model_of_the_hub(hub, fetch, command, tmp_path):
 @pytest.mark.slow
 def test_a_run_takes_model_and_vocabulary_from_a_hub_that_wants_a_token(script, tmp_path):
     (tmp_path / "user.conf").write_text("")
-    files = {"HF_HOME": tmp_path / "hf", "VOCAB_FILE": None, "ML_MODEL_FILE_WITH_PATH": "hf://me/private"}
-    args = ("run.py", "--backend=pytorch", "--accuracy", "--max_examples=9")
+    files = {"HF_HOME": tmp_path / "hf", "VOCAB_FILE": None, "ML_MODEL_FILE_WITH_PATH": "hf://me/private/model.onnx"}
+    args = ("run.py", "--backend=onnxruntime", "--accuracy", "--max_examples=9")
     with serving({"me/private": FILES}, token="secret") as hub:
         fails(script(*args, **files, HF_ENDPOINT=hub.url, HF_TOKEN=""), "none that HF_TOKEN gives access to")
         result = script(*args, **files, HF_ENDPOINT=hub.url, HF_TOKEN="secret")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("using the vocabulary beside the model") == 1
     record = json.loads((tmp_path / "build/logs/record.json").read_text())
-    assert record["model_md5"] == file_digest(str(DEMO / "model.safetensors"), "md5")
+    assert record["model_md5"] == file_digest(str(DEMO / "model.onnx"), "md5")
     again = script(*args, **files, HF_HUB_OFFLINE="1")
     assert (again.returncode, again.stdout) == (0, result.stdout), again.stderr
