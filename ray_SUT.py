@@ -20,10 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Ray reads these when it is imported: a local cluster listens on 127.0.0.1 only (on every operating system), a run ends
-# 10 s after the head is gone, instead of a minute, and a call after `ray.shutdown` starts no other cluster.
+# Ray reads these when it is imported: a local cluster listens on 127.0.0.1 only (on every operating system) and starts
+# no process on each core beside the actors, a run ends 10 s after the head is gone, instead of a minute, and a call
+# after `ray.shutdown` starts no other cluster.
 if not os.environ.get("RAY_ADDRESS"):
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 

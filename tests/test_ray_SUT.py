@@ -178,6 +178,7 @@ def test_a_local_cluster_listens_on_loopback_only_and_ends_with_the_run(tmp_path
     assert "exact_match" in out.splitlines()[-1]
     assert err.count("\n") < 10, err  # Ray writes nothing
     assert closed(ray_folder)
+    assert len([*Path(ray_folder).rglob("python-core-worker-*")]) == 1  # by itself, Ray starts one on each core as well
     assert logged(tmp_path / "ray") == {row: response for row, response in local.items() if row < 60}
 
 

@@ -53,7 +53,8 @@ class Amounts:
 
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
     fast: str = "fp16"  # the dtype of the latencies, of Server and of all limits of a batch
-    samples: int = 64  # compared with the CPU's
+    samples: int = 64  # compared with the CPU's; Offline measures at least half as many
+    batches: int = 4  # of full size that Offline measures, at least
     seconds: float = 3  # of a measurement, at least
     # Of each trial of Server: LoadGen calls none VALID whose queries are too few for its percentile.
     trial: str = "*.*.min_duration = 5000\n*.*.min_query_count = 1000\n"
@@ -61,7 +62,7 @@ class Amounts:
 
 
 DRY_TRIAL = "*.*.min_duration = 200\n*.*.min_query_count = 20\n*.Server.target_latency_percentile = 50\n"
-DRY = Amounts(dtypes=("fp32",), fast="fp32", samples=6, seconds=0.1, trial=DRY_TRIAL, on_gpu=False)
+DRY = Amounts(dtypes=("fp32",), fast="fp32", samples=6, batches=1, seconds=0.1, trial=DRY_TRIAL, on_gpu=False)
 
 
 def load(dtype: str, batch_tokens: int | None = None) -> tuple[Any, SquadQSL]:
@@ -154,7 +155,8 @@ def offline(amounts: Amounts, known: Results, dtype: str) -> Values:
     for tokens in limits:
         plan = BatchPlan("mixed", tokens, backend.concurrency, sort_by_length=True)
         sut = MeasuredSUT(backend, qsl, plan, Worker())
-        rows = spread_samples(qsl.lengths, min(len(qsl), max(32, 4 * tokens // int(qsl.lengths.mean()))))
+        size = max(amounts.samples // 2, amounts.batches * tokens // int(qsl.lengths.mean()))
+        rows = spread_samples(qsl.lengths, min(len(qsl), size))
         sut.query(rows)  # the first query finds caches empty and clocks low
         rows = np.tile(rows, 1 + int(amounts.seconds / sut.query(rows)))
         rate = len(rows) / sut.query(rows)
