@@ -21,7 +21,7 @@ from tools.report.page import write_report
 from tools.report.plots import number
 from tools.report.read import read_run, read_trace, run_names
 
-# Runs of run.py in one process: NAME is the log folder, and what the run prints goes to NAME.stdout.
+# Runs of run.py in one process: NAME is the log folder, and what the run prints goes to NAME.stdout. Two have a report.
 RUNS = """\
 import contextlib, os, sys
 import run
@@ -29,7 +29,8 @@ import run
 for name in ("accuracy", *run.SCENARIOS):
     os.environ["LOG_PATH"] = name
     flags = ["--accuracy"] if name == "accuracy" else [f"--scenario={name}", "--max_examples=200"]
-    sys.argv = ["run.py", "--backend=onnxruntime", "--report", *flags]
+    flags += ["--report"] * (name in ("accuracy", "Server"))
+    sys.argv = ["run.py", "--backend=onnxruntime", *flags]
     with open(f"{name}.stdout", "w") as file, contextlib.redirect_stdout(file):
         run.main()
 """
@@ -37,7 +38,7 @@ for name in ("accuracy", *run.SCENARIOS):
 
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory):
-    """Return the folder of run.py's logs and reports: one per scenario, and "accuracy"; NAME.stdout beside each."""
+    """Return the folder of run.py's logs: one per scenario, and "accuracy"; NAME.stdout beside each. See RUNS."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "user.conf").write_text(SHORT_RUNS)
     env = command_of("tools.report", "--backend=onnxruntime")[1]
@@ -93,8 +94,8 @@ def cut(path, end):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_results_are_loadgens(logs, scenario):
-    page = Page(logs / scenario / "report.html")
+def test_the_results_are_loadgens(logs, report, copied, scenario):
+    page = report(copied(scenario))
     log = read_detail_log(logs / scenario)
     value, unit = (logs / f"{scenario}.stdout").read_text().split()[-2:]
     shown = re.search(rf"([0-9.,]+) {unit} ", page.text)[1]
