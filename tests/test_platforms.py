@@ -64,17 +64,14 @@ def run_hidden(code, tmp_path, *args, **variables):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "backend, model", [("onnxruntime", ROOT / "demo/model/model.onnx"), ("pytorch", ROOT / "demo/model")]
+    "backend, model, before",
+    [("onnxruntime", ROOT / "demo/model/model.onnx", ""), ("pytorch", ROOT / "demo/model", HIDE_ONEDNN + IMPORT)],
 )
-def test_the_demo_runs_without_what_only_linux_on_x86_has(tmp_path, backend, model):
+def test_the_demo_runs_without_what_only_linux_on_x86_has(tmp_path, backend, model, before):
+    """The second time after all modules were imported."""
     (tmp_path / "user.conf").write_text("")
-    code = HIDE_ONEDNN * (backend == "pytorch") + RUN.format(script=str(ROOT / "run.py"), root=str(ROOT))
+    code = (before + RUN).format(script=str(ROOT / "run.py"), root=str(ROOT))
     args = (f"--backend={backend}", "--accuracy")
     result = run_hidden(code, tmp_path, *args, ML_MODEL_FILE_WITH_PATH=model)
     assert json.loads(result.stdout.splitlines()[-1]) == DEMO_SCORE
     assert "this platform has no locks" in result.stderr
-
-
-@pytest.mark.slow
-def test_every_module_can_be_imported_without_what_only_linux_on_x86_has(tmp_path):
-    run_hidden(HIDE_ONEDNN + IMPORT.format(root=str(ROOT)), tmp_path)
