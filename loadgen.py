@@ -6,6 +6,7 @@ LoadGen and tqdm are imported late, so that `run.py --help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -153,10 +154,15 @@ def run_test(sut: SquadSUT, settings: Any, log_settings: Any, audit_conf: str, o
 
     signal.signal(signal.SIGTERM, terminate)
     sys.stdout.flush()
+    # Python's garbage collector, which halts all threads, ignores the objects that exist now, 170,000 with PyTorch.
+    # Without this, it took 1.4 of the 10 s of an Offline run of 550,000 samples that were answered at once.
+    gc.collect()
+    gc.freeze()
     try:
         threading.Thread(target=test, daemon=True).start()
         error = wait_for_end(outcome, sut, settings)
         if error is None:
+            gc.unfreeze()
             return
         message, status = f"error: {config.failure_line(error)}", 1
     except KeyboardInterrupt:
