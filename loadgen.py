@@ -152,13 +152,13 @@ def run_test(sut: SquadSUT, settings: Any, log_settings: Any, audit_conf: str, o
     def terminate(*_: object) -> NoReturn:
         raise SystemExit(128 + signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, terminate)
     sys.stdout.flush()
-    # Python's garbage collector, which halts all threads, ignores the objects that exist now, 170,000 with PyTorch.
-    # Without this, it took 1.4 of the 10 s of an Offline run of 550,000 samples that were answered at once.
-    gc.collect()
-    gc.freeze()
+    signal.signal(signal.SIGTERM, terminate)
     try:
+        # Python's garbage collector, which halts all threads, ignores the objects that exist now, 170,000 with PyTorch.
+        # Without this, it took 1.4 of the 10 s of an Offline run of 550,000 samples that were answered at once.
+        gc.collect()
+        gc.freeze()
         threading.Thread(target=test, daemon=True).start()
         error = wait_for_end(outcome, sut, settings)
         if error is None:

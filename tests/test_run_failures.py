@@ -92,6 +92,13 @@ def test_a_signal_ends_a_run_within_seconds(long_run, scenario, sent, status):
     assert "incomplete" in message and "Traceback" not in message
 
 
+def test_a_signal_before_the_first_query_is_announced_too(long_run):
+    setup = "import gc, os, signal; gc.collect = lambda: os.kill(os.getpid(), signal.SIGTERM)"
+    with long_run(setup=setup) as process:
+        message = process.communicate(timeout=30)[1]
+    assert process.returncode == 143 and "incomplete" in message
+
+
 # Where a stage waits: statements before run.py's main.
 STAGES = {
     "reading features": "import create_squad_data; create_squad_data.read_squad = lambda path: time.sleep(30)",
