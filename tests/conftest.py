@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Let the garbage collector pass over the frameworks' objects: it took a tenth of a worker's time."""
+    """Let the garbage collector ignore the frameworks' objects, which took a tenth of a worker's time."""
     gc.collect()
     gc.freeze()
 

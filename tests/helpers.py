@@ -83,7 +83,7 @@ class Lazy:
     """
 
     def __init__(self, name, package="tensorflow"):
-        import pytest  # not at the top: it takes a fifth of the time of a process with a fake backend
+        import pytest  # not at the top: it takes a third of the time of a process with a fake backend
 
         if not importlib.util.find_spec(package):
             pytest.skip(f"the package {package} is absent", allow_module_level=True)

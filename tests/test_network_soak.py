@@ -50,7 +50,7 @@ def refused(port, body, content_type="application/json"):
 
 
 def hostile_kinds(padded, large):
-    """Return functions of a port, each of which does a server harm; `padded` and `large` are valid requests."""
+    """Return functions of a port, each of which attacks its server; `padded` and `large` are valid requests."""
     many, bomb = json_of(100_000, 1, 0), gzip.compress(bytes(10**8))
     zipped = (HEAD % (b"text/plain", len(bomb))).replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
     return [

@@ -68,7 +68,7 @@ def run_hidden(code, tmp_path, *args, **variables):
     [("onnxruntime", ROOT / "demo/model/model.onnx", ""), ("pytorch", ROOT / "demo/model", HIDE_ONEDNN + IMPORT)],
 )
 def test_the_demo_runs_without_what_only_linux_on_x86_has(tmp_path, backend, model, before):
-    """The second time after all modules were imported."""
+    """The run on PyTorch imports all modules first."""
     (tmp_path / "user.conf").write_text("")
     code = (before + RUN).format(script=str(ROOT / "run.py"), root=str(ROOT))
     args = (f"--backend={backend}", "--accuracy")

@@ -161,7 +161,7 @@ def test_accuracy_squad_finds_the_score_of_the_run(run, script):
     assert json.loads(again.stdout.splitlines()[-1]) == DEMO_SCORE
 
 
-def test_the_garbage_collector_passes_over_what_is_there_before_the_run(null):
+def test_the_garbage_collector_ignores_what_exists_before_the_run(null):
     body = "assert gc.get_freeze_count() > 10_000, gc.get_freeze_count()"
     result = null(body=body, setup="import gc")
     assert result.returncode == 0, result.stderr
