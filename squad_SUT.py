@@ -18,6 +18,7 @@ import numpy as np
 from backends import Backend
 from batching import BatchPlan, Pending
 from config import UserError
+from models.weights import keep_memory
 from squad_QSL import Batch
 
 
@@ -30,6 +31,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
+        keep_memory()
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 

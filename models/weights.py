@@ -1,4 +1,4 @@
-"""Hold a model's weights so that no more than a part of their files is in memory at once, and return freed memory."""
+"""Hold a model's weights with no more than a part of their files in memory at once; keep and return freed memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # each of PARTS parts of the weights, but not more often than every PART_BYTES: each time takes 20 to 100 ms.
 PARTS = 16
 PART_BYTES = 2**24
+# glibc's parameters of mallopt (malloc.h) and the values that `keep_memory` gives them: no memory from mmap, one arena
+# for all threads, and as much free memory at its end as an int can say.
+KEEP = {"M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 
 
 class Weights(MutableMapping[str, "Tensor"]):
@@ -56,6 +59,18 @@ class Weights(MutableMapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._set)
+
+
+def keep_memory() -> None:
+    """Let this process keep what it frees, for its next batch; call it before the threads that compute are started.
+
+    glibc would return each large value of a batch to the system, which clears its pages when they are used again:
+    30,000 to 260,000 page faults in 48 samples of BERT-Large in fp32 instead of 5,000, and 2 to 4 % of the throughput.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such function
+        for parameter, value in KEEP.values() if mallopt else ():
+            mallopt(parameter, value)
 
 
 def return_memory() -> None:

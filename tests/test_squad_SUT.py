@@ -1,12 +1,15 @@
 """The life of a query between LoadGen and the backend. test_run.py has it under LoadGen itself."""
 
+import platform
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import NullBackend, refused
+from helpers import ROOT, NullBackend, refused
 
 from batching import BatchPlan
 from squad_SUT import SquadSUT, Worker, validate_logits
@@ -113,3 +116,29 @@ def test_logits_that_are_not_finite_are_refused(value):
 def test_logits_in_any_memory_order_become_contiguous():
     logits = np.arange(10, dtype=np.float32).reshape(2, 5).T
     assert validate_logits(np.array([5]), logits).tobytes() == logits.tobytes()
+
+
+BATCHES_OF_50_MB = """
+import resource
+from squad_SUT import Worker
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+workers = [Worker(), Worker()]
+for worker in workers:
+    worker.submit(lambda: len(b"x" * 50_000_000)).result()
+before = faults()
+for worker in 10 * workers:
+    worker.submit(lambda: len(b"x" * 50_000_000)).result()
+print(faults() - before, 50_000_000 // resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_a_large_value_takes_the_memory_of_the_one_before_it():
+    """In any worker; else each of its pages is a page fault each time."""
+    command = [sys.executable, "-c", BATCHES_OF_50_MB]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    faults, pages = map(int, result.stdout.split())
+    assert faults < pages, f"{faults} page faults in 20 values of {pages} pages"
