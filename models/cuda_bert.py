@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
@@ -30,6 +29,9 @@ TOKENS_PER_MULTIPROCESSOR = 128
 GRAPH_TOKENS = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)
 GRAPH_SAMPLES = 16
 FLASH = (8, 0)  # the lowest compute capability of FlashAttention and of bf16
+# With one split, the order of attention's sums does not depend on the batch. PyTorch 2.11 does not have this option.
+FLASH_ARGUMENTS = torch.ops.aten._flash_attention_forward.default._schema.arguments
+ONE_SPLIT = {"num_splits": 1} if any(argument.name == "num_splits" for argument in FLASH_ARGUMENTS) else {}
 
 Weights = dict[str, Tensor]  # by Hugging Face's names, fp32
 
@@ -49,6 +51,17 @@ class CudaLinear(Linear):
         return super().__call__(x, gelu)
 
 
+class CudaAnswer(Linear):
+    """A linear layer with few outputs, in fp32, whose sums have the same order for any number of rows from 64 on.
+
+    cuBLAS chooses a kernel for such a product, and with it the order, by the number of rows (measured on an H100).
+    """
+
+    def __call__(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Return x W' + b."""
+        return (x.unsqueeze(1) * self.weight).sum(-1).add_(self.bias)
+
+
 def flash_attention(qkv: Tensor, heads: int, ends: Tensor) -> Tensor:
     """Compute packed_bert.attention in bf16 or fp16; `ends`, int32 (samples + 1,), are 0 and where each sample ends.
 
@@ -57,8 +70,7 @@ def flash_attention(qkv: Tensor, heads: int, ends: Tensor) -> Tensor:
     """
     q, k, v = qkv.view(qkv.shape[0], 3, heads, -1).unbind(1)
     fixed = ends, ends, MAX_SEQ_LENGTH, MAX_SEQ_LENGTH, 0.0, False, False
-    options = {"scale": 1.0, "num_splits": 1}  # 1: the order of the sums does not depend on the batch
-    return torch.ops.aten._flash_attention_forward(q, k, v, *fixed, **options)[0].flatten(1)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *fixed, scale=1.0, **ONE_SPLIT)[0].flatten(1)
 
 
 def efficient_attention(qkv: Tensor, heads: int, ends: Tensor) -> Tensor:
@@ -131,6 +143,7 @@ class CudaBert(Bert):
         self.layers = [(qkv, out, one, up, down, two) for (qkv, out, _, up, down, _), one, two in parts]
         flash = dtype != torch.float32 and torch.cuda.get_device_capability(device) >= FLASH
         self.attention, self.rows = flash_attention if flash else efficient_attention, 1
+        self.answer = CudaAnswer(self.answer.weight, self.answer.bias)
 
         self.lock = threading.Lock()  # the thread that holds it owns `device_inputs` and launches
         self.stream = torch.cuda.Stream(device)
@@ -215,6 +228,9 @@ def batch_tokens() -> int:
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Return the operations/s of the product of two matrices of `size` rows and columns; best of five."""
+    # Imported here, because this import initializes CUDA, after which a process that is forked cannot use it.
+    from torch.utils.benchmark import Timer
+
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timer = Timer("x @ y", globals={"x": x, "y": y})  # waits for the GPU
     return 2 * size**3 / float(min(timer.timeit(1).mean for _ in range(5)))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -54,12 +55,23 @@ def raising(amounts, known):
     raise ValueError("no such kernel\nsecond line")
 
 
+def imported(amounts, known):
+    return {"modules": list(sys.modules)}
+
+
 def dying(amounts, known):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hanging(amounts, known):
     time.sleep(60)
+
+
+@pytest.mark.slow
+def test_the_process_that_parts_are_forked_from_has_not_initialized_cuda():
+    """Importing torch.utils.cpp_extension does; a process that is forked afterwards cannot use CUDA."""
+    modules = run_part(imported, (DRY, {}), 100)["modules"]
+    assert "pytorch_SUT" in modules and "torch.utils.cpp_extension" not in modules
 
 
 @pytest.mark.slow
