@@ -12,7 +12,8 @@ from helpers import DEMO_ENV, random_bert, refused
 import config
 from config import UserError
 from tools import benchmark
-from tools.benchmark import Run, convert_model, flops, parse_args, ratios, serve, spread_samples
+from tools.benchmark import Run, convert_model, parse_args, ratios, serve, spread_samples
+from tools.peak import flops
 
 
 def test_flops_are_those_of_the_matrix_products():

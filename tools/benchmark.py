@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ from models.model_files import model_files, read_config, weight_shapes
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker
-from tools.peak import gpu_peak, measure_peak
+from tools.peak import flops, gpu_peak, measure_peak
 from tools.peers import PEERS, load_peer, peer_runs
 
 FOLDER = os.path.join(config.BUILD_DIR, "benchmark")
@@ -54,6 +55,8 @@ DEFAULT_RUNS = ["pytorch:fp32", "pytorch:bf16", "pytorch:int8"]
 GPU_RUNS = ["pytorch:fp32", "pytorch:fp16"]  # the defaults on a GPU; --dtype=bf16 needs a newer one than fp16 does
 PEER_RUNS = ["pytorch:fp32"]  # the default with --peers; more of them need more memory
 GPU_SECONDS = 3  # a query on a GPU is repeated until it takes as long
+
+three_digits = partial(np.format_float_positional, precision=3, unique=False, fractional=False, trim="-")
 
 
 def spread_samples(lengths: np.ndarray, count: int, group: int = 1) -> np.ndarray:
@@ -224,14 +227,6 @@ class Run:
             self.rates.append(len(rows) / sum(seconds))
 
 
-def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
-    """Return the multiplications and additions of BERT for samples of `lengths` tokens without padding."""
-    hidden, inner = bert_config["hidden_size"], bert_config["intermediate_size"]
-    linear = 2 * (4 * hidden * hidden + 2 * hidden * inner)
-    layer = sum(length * (linear + 4 * length * hidden) for length in map(int, lengths))
-    return bert_config["num_hidden_layers"] * layer
-
-
 def f1_score(squad: Squad, features: Features, vocab: dict[str, int], logits: dict[int, np.ndarray]) -> float:
     """Return the F1 over the questions of the samples in `logits`, {sample: float32 (tokens, 2)}."""
     rows = np.array(sorted(logits))
@@ -251,15 +246,15 @@ def table_row(run: Run, baseline: Run, operations: float, peak: dict[str, float]
     """Return the row of `run`, {column: value}; a sample takes `operations` on average."""
     rate = statistics.median(run.rates)
     top = peak.get("fp32" if run.baseline else run.dtype)
-    p50, p90, p99 = np.percentile(np.concatenate(run.latencies), [50, 90, 99])
+    percentiles = np.percentile(np.concatenate(run.latencies), [50, 90, 99])
     p90s, baseline_p90s = (np.percentile(one.latencies, 90, axis=1) for one in (run, baseline))
     return {
         "run": run.name,
-        "samples/s": f"{rate:.3g}",
+        "samples/s": three_digits(rate),
         "x baseline (min to max)": ratios(run.rates, baseline.rates),
         "Gop/s": f"{rate * operations / 1e9:.0f}",
         "% of peak GEMM": f"{100 * rate * operations / top:.0f}" if top else "",
-        "latency p50 / p90 / p99 (ms)": f"{p50:.0f} / {p90:.0f} / {p99:.0f}",
+        "latency p50 / p90 / p99 (ms)": " / ".join(map(three_digits, percentiles)),
         "p90 x baseline (min to max)": ratios(p90s, baseline_p90s),
         "memory (GB)": f"{run.memory / 1e9:.1f}",
         **({"GPU memory (GB)": f"{run.gpu_memory / 1e9:.1f}"} if run.gpu_memory else {}),

@@ -33,8 +33,8 @@ from models import gpus
 from models.model_files import model_files, read_config
 from squad_QSL import SquadQSL
 from squad_SUT import Worker
-from tools.benchmark import MeasuredSUT, flops, random_model, spread_samples
-from tools.peak import gpu_peak, measure_peak
+from tools.benchmark import MeasuredSUT, random_model, spread_samples
+from tools.peak import flops, gpu_peak, measure_peak
 
 FOLDER = os.path.join(config.BUILD_DIR, "gpu_check")
 RESULT, TABLE = os.path.join(FOLDER, "result.json"), os.path.join(FOLDER, "table.md")

@@ -1,9 +1,18 @@
-"""Measure the GEMM throughput of the processor and of a GPU: the peak that the benchmark compares with."""
+"""Count BERT's operations, and measure the GEMM throughput of the processor and of a GPU: the peak of a share."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 GPU_GEMM_SIZE = 8192  # rows and columns of the products that give a GPU's peak
+
+
+def flops(bert_config: dict[str, int], lengths: Iterable[int]) -> int:
+    """Return the multiplications and additions of BERT for samples of `lengths` tokens without padding."""
+    hidden, inner = bert_config["hidden_size"], bert_config["intermediate_size"]
+    linear = 2 * (4 * hidden * hidden + 2 * hidden * inner)
+    layer = sum(length * (linear + 4 * length * hidden) for length in map(int, lengths))
+    return bert_config["num_hidden_layers"] * layer
 
 
 def gpu_peak() -> dict[str, float]:
