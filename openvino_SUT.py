@@ -10,11 +10,11 @@ import config
 from backends import RunOptions
 from files import require_model_file
 from models.graph_backend import GraphBackend
-from models.graph_files import SHORT_NAMES, Graph, GraphNode, GraphTensor, one_line, read_signature
+from models.graph_files import Graph, GraphNode, GraphTensor, one_line, read_signature
 from models.onnx_files import read_onnx_graph
 
 # OpenVINO's names of the precisions by --dtype; with another --dtype all that is not quantized runs in f32.
-PRECISIONS = {"bf16": "bf16", "fp16": "f16"}
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 def ir_graph(model: openvino.Model) -> Graph:
@@ -59,14 +59,16 @@ class OpenVinoBackend(GraphBackend):
         device = "GPU" if config.use_gpu() and "GPU" in core.available_devices else "CPU"
         # In SingleStream one request at a time uses all cores; in the other scenarios requests run at once.
         hint = "LATENCY" if options.scenario == "SingleStream" else "THROUGHPUT"
-        precision = PRECISIONS.get(options.dtype, "f32") if self.dtype != "int8" else "f32"
+        precision = PRECISIONS.get(options.dtype if self.dtype != "int8" else "fp32", "f32")
         settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": precision}
         if (threads := config.thread_limit("MLC_MAX_NUM_THREADS")) and device == "CPU":
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         with one_line(path, f"OpenVINO cannot compile it, {graph.version}", config.last_line):
             compiled = core.compile_model(model, device, settings)
             self.concurrency = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-            runs = SHORT_NAMES[compiled.get_property("INFERENCE_PRECISION_HINT").to_dtype().name]
+            # Not `to_dtype`, which is numpy's float16 for OpenVINO's bf16.
+            taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+            runs = {name: dtype for dtype, name in PRECISIONS.items()}[taken]
             self.ports = [compiled.output(name) for name in self.signature.outputs]
             self.requests: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
             for _ in range(self.concurrency):
