@@ -51,9 +51,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
+        if wanted == "bytes=0-0":
+            self.server.asked.append(name)  # before the client has the headers, after which a test may look
         self.end_headers()
         if wanted == "bytes=0-0":
-            self.server.asked.append(name)
             self.wfile.write(body[:1])
             self.close_connection = len(body) > 1
             return None
