@@ -1,4 +1,4 @@
-"""Count BERT's operations, and measure the GEMM throughput of the processor and of a GPU: the peak of a share."""
+"""Count BERT's operations, and measure what they are compared with: the GEMM throughput of a processor or a GPU."""
 
 import time
 from collections.abc import Iterable
