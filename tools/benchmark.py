@@ -42,6 +42,7 @@ from create_squad_data import Features, Squad, load_features, read_vocab
 from files import atomic_write, file_digest, locked_folder, write_json
 from models import gpus
 from models.model_files import model_files, read_config, weight_shapes
+from models.weights import return_memory
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker
@@ -327,6 +328,8 @@ def random_model() -> str:
         weights = {name: 0.02 * torch.randn(shapes[name]) + name.endswith("LayerNorm.weight") for name in shapes}
         os.makedirs(f"{folder}.part", exist_ok=True)
         save_file(weights, f"{folder}.part/model.safetensors")
+        del weights
+        return_memory()  # else the peak memory of the runs' processes, which this one starts, would include it
         shutil.copyfile(config.BERT_CONFIG, f"{folder}.part/config.json")
         os.rename(f"{folder}.part", folder)
     return folder
