@@ -1,8 +1,10 @@
-"""Hold a model's weights with no more than a part of their files in memory at once; keep and return freed memory."""
+"""Hold a model's weights with no more than a part of their files in memory at once; keep, return and measure memory."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING
@@ -80,3 +82,16 @@ def return_memory() -> None:
     """
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", id)(0)  # other C libraries have no such function
+
+
+def peak_memory() -> int:
+    """Return the peak of this process's memory in bytes.
+
+    On Linux, `ru_maxrss` is not less than the peak of the process that started this one.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        if found := re.search(r"^VmHWM:\s+([0-9]+) kB", file.read(), re.MULTILINE):
+            return 1024 * int(found[1])
+    import resource  # Windows does not have it
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -167,3 +167,12 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     command = [sys.executable, "-c", PEAK, str(ROOT), str(ROOT / "demo/model"), str(tmp_path)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=300)
     assert float(result.stdout) < 1.1 * size + layer < 1.4 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc")
+def test_a_process_has_a_peak_of_its_own():
+    """Not that of the process that started it."""
+    child = "from models.weights import peak_memory; print(peak_memory())"
+    parent = f"import subprocess, sys; len(b'x' * 500_000_000); subprocess.run([sys.executable, '-c', {child!r}])"
+    result = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 5_000_000 < int(result.stdout) < 200_000_000

@@ -19,7 +19,6 @@ import math
 import multiprocessing
 import os
 import queue
-import resource
 import shutil
 import signal
 import statistics
@@ -42,7 +41,7 @@ from create_squad_data import Features, Squad, load_features, read_vocab
 from files import atomic_write, file_digest, locked_folder, write_json
 from models import gpus
 from models.model_files import model_files, read_config, weight_shapes
-from models.weights import return_memory
+from models.weights import peak_memory
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker
@@ -144,9 +143,8 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
         while True:
             rows = pipe.recv()
             seconds = [sut.query(query) for query in ([rows] if scenario == "Offline" else rows[:, None])]
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             on_gpus = sum(gpu.used_bytes for gpu in gpus.find_gpus()) if backend.gpu else 0
-            pipe.send((seconds, sut.logits, memory, on_gpus))
+            pipe.send((seconds, sut.logits, peak_memory(), on_gpus))
     except EOFError:
         pass  # the parent has ended
     except Exception as error:  # noqa: BLE001 - the parent reports it
@@ -328,8 +326,6 @@ def random_model() -> str:
         weights = {name: 0.02 * torch.randn(shapes[name]) + name.endswith("LayerNorm.weight") for name in shapes}
         os.makedirs(f"{folder}.part", exist_ok=True)
         save_file(weights, f"{folder}.part/model.safetensors")
-        del weights
-        return_memory()  # else the peak memory of the runs' processes, which this one starts, would include it
         shutil.copyfile(config.BERT_CONFIG, f"{folder}.part/config.json")
         os.rename(f"{folder}.part", folder)
     return folder
