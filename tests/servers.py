@@ -90,7 +90,8 @@ def running_servers(*servers):
 
 def echo_server(folder, body="pass"):
     """Start a server whose backend executes the statement `body` and answers with the token ids that it gets."""
-    script = folder / "echo.py"
+    # Each has its own script: Python may be about to read that of the server before it, which must not be empty then.
+    script = folder / f"echo-{len(list(folder.iterdir()))}.py"
     script.write_text(ECHO.replace("BODY", body))
     return Server(folder, script=script)
 
