@@ -37,7 +37,7 @@ import network_format
 from backends import Backend, BatchPolicy, RunOptions
 from batching import BatchPlan, Pending
 from config import UserError
-from models.weights import return_memory
+from models.memory import return_memory
 from network_format import EMPTY, SEAL, Samples
 from squad_QSL import Batch
 from squad_SUT import SquadSUT, Worker, validate_logits

@@ -18,7 +18,7 @@ import numpy as np
 from backends import Backend
 from batching import BatchPlan, Pending
 from config import UserError
-from models.weights import keep_memory
+from models.memory import keep_memory
 from squad_QSL import Batch
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.memory import return_memory
 from models.outliers import outlier_scales
-from models.weights import return_memory
 from squad_QSL import Batch
 
 # On a CPU the rows of a linear layer's input are filled up to a multiple of ROWS, and so are a sample's in attention

@@ -172,7 +172,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc")
 def test_a_process_has_a_peak_of_its_own():
     """Not that of the process that started it."""
-    child = "from models.weights import peak_memory; print(peak_memory())"
+    child = "from models.memory import peak_memory; print(peak_memory())"
     parent = f"import subprocess, sys; len(b'x' * 500_000_000); subprocess.run([sys.executable, '-c', {child!r}])"
     result = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 5_000_000 < int(result.stdout) < 200_000_000

@@ -40,8 +40,8 @@ from batching import BatchPlan, plan_batching
 from create_squad_data import Features, Squad, load_features, read_vocab
 from files import atomic_write, file_digest, locked_folder, write_json
 from models import gpus
+from models.memory import peak_memory
 from models.model_files import model_files, read_config, weight_shapes
-from models.weights import peak_memory
 from squad_eval import MISSING_LOGIT, Logits, score_log
 from squad_QSL import Batch, SquadQSL
 from squad_SUT import SquadSUT, Worker

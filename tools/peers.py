@@ -20,7 +20,7 @@ import numpy as np
 
 import config
 from backends import Backend, RunOptions
-from models.weights import return_memory
+from models.memory import return_memory
 from squad_QSL import Batch
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
