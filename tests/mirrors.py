@@ -8,6 +8,8 @@ import random
 import threading
 from types import SimpleNamespace
 
+from hub_server import Server
+
 from tools import download
 from tools.download import EVERY, File
 
@@ -71,7 +73,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def mirror_server():
     """Yield a running server of CONTENT: .files, .faults, .answer, .asked, .sent, .address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         server.files, server.faults, server.asked, server.sent = dict(CONTENT), {}, [], []
         server.answer = None
         server.address = f"http://127.0.0.1:{server.server_port}/files"
