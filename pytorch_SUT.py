@@ -23,13 +23,14 @@ from batching import check_bytes
 from config import UserError
 from create_squad_data import MAX_SEQ_LENGTH
 from models import cuda_bert, gpus
+from models.cpu_kernels import load_kernels
 from models.model_files import COUNTS, WIDTHS, model_files, open_weights
 from models.packed_bert import Bert, Int8Linear, Linear, PrepackedLinear, Ranges
 from models.weights import Weights
 from squad_QSL import Batch
 
 # The dtype of the values between the linear layers, by --dtype; int8 applies only inside the linear layers.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 GEMM_SIZE = 4096  # rows and columns of the products whose speed a notice gives; they take under 0.1 s on any GPU
 
 
@@ -50,10 +51,12 @@ def cpu_runs(dtype: str) -> bool:
     return dtype == "fp32" or bool(torch.cpu._is_vnni_supported())
 
 
-def linear_layer(dtype: str, ranges: Ranges, name: str, weight: Tensor, bias: Tensor) -> Linear | Int8Linear:
+def linear_layer(
+    dtype: str, ranges: Ranges, kernels: Any, name: str, weight: Tensor, bias: Tensor
+) -> Linear | Int8Linear:
     """Make a linear layer of `Bert` in `dtype`; int8 needs the input ranges of all layers."""
     if dtype == "int8":
-        int8 = Int8Linear(weight, bias, *ranges[name], torch.bfloat16)
+        int8 = Int8Linear(weight, bias, *ranges[name], torch.bfloat16, kernels)
         if name.endswith(".up"):
             int8.quantize_gelu(*ranges[name.replace("up", "down")])
         return int8
@@ -89,8 +92,9 @@ class PyTorchBackend(Backend):
                 return
             if dtype == "int8":
                 ranges = ranges or self.prepare(options)["ranges"]
-            make_linear = partial(linear_layer, dtype, ranges or {})
-            self.bert = Bert(bert_config, weights, self.device, DTYPES[dtype], make_linear)
+            kernels = load_kernels(bert_config)
+            make_linear = partial(linear_layer, dtype, ranges or {}, kernels)
+            self.bert = Bert(bert_config, weights, self.device, DTYPES[dtype], make_linear, kernels)
 
     def _load_on_gpus(self, options: RunOptions, bert_config: dict[str, Any], weights: Weights) -> None:
         """Make `bert` for all visible GPUs, and log notices on its speed and on its responses."""

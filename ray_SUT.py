@@ -69,8 +69,8 @@ def connect() -> None:
             problem = "no Ray cluster answers there"
         if problem:
             raise UserError(f"RAY_ADDRESS={address}: {problem}; give HOST:PORT of a cluster's head, or unset it")
-    # The nodes need only the packages: they get the Python files of the root and of models/ from here.
-    code = {"working_dir": config.ROOT, "excludes": ["/??*", "!/*.py", "!/models", "!/models/*.py"]}
+    # The nodes need only the packages: they get the scripts of the root and of models/ from here.
+    code = {"working_dir": config.ROOT, "excludes": ["/??*", "!/*.py", "!/models", "!/models/*.py", "!/models/*.cpp"]}
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=address or "local", runtime_env=code, **quiet)

@@ -2,7 +2,7 @@
 
 The tokens of a batch form one matrix for every linear layer; only attention treats each sample separately. On a CPU a
 row's bits do not depend on other rows, nor a sample's logits on its batch; tests/test_packed_bert.py checks this.
-cuda_bert.py has what differs on a GPU.
+cpu_kernels.py has what is faster on a CPU with AVX-512, and cuda_bert.py what differs on a GPU.
 """
 
 import warnings
@@ -74,9 +74,14 @@ def outlier_factors(low: Tensor, high: Tensor) -> Tensor | None:
 
 
 class Int8Linear:
-    """A linear layer of oneDNN in int8 on CPUs, made from fp32 tensors; `low` and `high` are the range of its input."""
+    """A linear layer of oneDNN in int8 on CPUs, made from fp32 tensors; `low` and `high` are the range of its input.
 
-    def __init__(self, weight: Tensor, bias: Tensor, low: Tensor, high: Tensor, output_dtype: torch.dtype) -> None:
+    `kernels` are what cpu_kernels.load_kernels returns.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, low: Tensor, high: Tensor, output_dtype: torch.dtype, kernels: Any = None
+    ) -> None:
         # The weights have a scale for each output. The input has a constant one, so no result depends on the batch.
         self.factors = outlier_factors(low, high)
         if self.factors is not None:
@@ -86,7 +91,7 @@ class Int8Linear:
         quantized = (weight / weight_scale[:, None]).round().to(torch.int8)
         packed = torch.ops.onednn.qlinear_prepack(quantized, None)
         self.operands = (self.scale, self.zero_point, packed, weight_scale, torch.zeros(len(weight), dtype=torch.int64))
-        self.bias = bias
+        self.bias, self.kernels = bias, kernels
         self.output = 1.0, 0, output_dtype, "none", (), ""  # scale 1 and zero point 0: not quantized
         self.gelu_output = 1.0, 0, output_dtype, "gelu", (), "none"
 
@@ -97,6 +102,8 @@ class Int8Linear:
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the input as uint8; a value's bits do not depend on its place."""
+        if self.kernels:
+            return self.kernels.quantize(x, self.factors, self.scale, self.zero_point)
         x = x.float() if self.factors is None else x * self.factors
         # A sum, a clamp and a conversion to uint8, which PyTorch 2.13 does not vectorize, take 1.42 ms instead of 0.17
         # for 1,890 x 1,024 values with AVX-512 (issue 19), and four times as long as this with AVX2.
@@ -145,7 +152,8 @@ class Bert:
     """BERT for question answering, made from what model_files.open_weights returns; empties `weights`.
 
     `make_linear` makes a linear layer from its name ("N.qkv", "N.out", "N.up" or "N.down" in BERT's layer N) and its
-    weight and bias in fp32; `dtype` is that of the values between linear layers.
+    weight and bias in fp32; `dtype` is that of the values between linear layers; `kernels` are what
+    cpu_kernels.load_kernels returns.
     """
 
     def __init__(
@@ -155,9 +163,11 @@ class Bert:
         device: torch.device,
         dtype: torch.dtype,
         make_linear: Callable[[str, Tensor, Tensor], Linear | Int8Linear],
+        kernels: Any = None,
     ) -> None:
         self.heads, self.epsilon = bert_config["num_attention_heads"], bert_config["layer_norm_eps"]
-        self.attention: Callable[[Tensor, int, Any], Tensor] = attention
+        self.kernels = kernels
+        self.attention: Callable[[Tensor, int, Any], Tensor] = kernels.attention if kernels else attention
         self.rows = ROWS
 
         def pair(name: str, copy: bool = True) -> tuple[Tensor, Tensor]:
@@ -202,9 +212,15 @@ class Bert:
             # Fill up with copies of the first token: calibration sees no value that a real token does not have.
             x = torch.cat((x, x[:1].expand(missing, -1)))
         for qkv, out, out_norm, up, down, down_norm in self.layers:
-            x = self._norm(out(self.attention(qkv(x), self.heads, lengths), residual=x), out_norm)
-            x = self._norm(down(up(x, gelu=True), residual=x), down_norm)
+            x = self._add_norm(x, out, self.attention(qkv(x), self.heads, lengths), out_norm)
+            x = self._add_norm(x, down, up(x, gelu=True), down_norm)
         return self.answer(x.narrow(0, 0, len(ids)).float())
+
+    def _add_norm(self, x: Tensor, linear: Any, inputs: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the norm of x + linear(inputs)."""
+        if self.kernels:
+            return self.kernels.add_norm(x, linear(inputs), *weight_bias, self.epsilon)
+        return self._norm(linear(inputs, residual=x), weight_bias)
 
     def _norm(self, x: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[1:], *weight_bias, self.epsilon)

@@ -23,7 +23,7 @@ from tools.submission.plan import Plan, describe_machine
 RUNS = f"{config.BUILD_DIR}/submission-runs"  # each run has a folder in it
 RUN_LOG, INPUTS = "run.log", "run.json"  # in a run's folder: run.py's output, the run's inputs
 # The project's files that a run uses. The rest of convert/ only writes model files, which are inputs themselves.
-SOURCES = ("*.py", "models/*.py", "bert_config.json", "convert/calibration.py")
+SOURCES = ("*.py", "models/*.py", "models/*.cpp", "bert_config.json", "convert/calibration.py")
 PACKAGES = {*LIBRARIES, "onnxruntime-gpu", "ray", "safetensors"}  # those that compute
 # TEST01 is a performance run (LoadGen's mode 2).
 AUDIT_CONFIG = "*.*.mode = 2\n" + "".join(f"*.*.{key} = {value}\n" for key, value in RULES["test01"]["audit"].items())
