@@ -5,7 +5,7 @@ ARG BASE_IMAGE=python:3.11.13-slim-bookworm
 FROM ${BASE_IMAGE}
 
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends make=4.* \
+    && apt-get install --yes --no-install-recommends g++=4:* make=4.* \
     && rm -rf /var/lib/apt/lists/*
 
 # cpu, gpu or tf-gpu: gpu has PyTorch and ONNX Runtime with CUDA 13, tf-gpu only TensorFlow, with CUDA 12.

@@ -84,7 +84,9 @@ class PyTorchBackend(Backend):
             dtype = "fp32"
         self.dtype = dtype
         self.gpu = gpus.describe(gpus.find_gpus()) if self.device.type == "cuda" else None
-        self.name = f"PyTorch {torch.__version__}, {self.gpu or 'cpu'}, {dtype}"
+        kernels = load_kernels(bert_config) if self.device.type == "cpu" else None
+        framework = f"PyTorch {torch.__version__}" + (" with cpu_kernels" if kernels else "")
+        self.name = f"{framework}, {self.gpu or 'cpu'}, {dtype}"
         self.bert: Bert | cuda_bert.CudaBerts
         with torch.inference_mode():
             if self.gpu:
@@ -92,7 +94,6 @@ class PyTorchBackend(Backend):
                 return
             if dtype == "int8":
                 ranges = ranges or self.prepare(options)["ranges"]
-            kernels = load_kernels(bert_config)
             make_linear = partial(linear_layer, dtype, ranges or {}, kernels)
             self.bert = Bert(bert_config, weights, self.device, DTYPES[dtype], make_linear, kernels)
 

@@ -16,11 +16,15 @@ from models import packed_bert
 from pytorch_SUT import PyTorchBackend, PyTorchReference
 
 
-@pytest.fixture
-def load(tmp_path, monkeypatch):
+@pytest.fixture(params=["cpu_kernels", "PyTorch's operators"])
+def load(request, tmp_path, monkeypatch):
     """Return a function that loads the backend in a dtype with a BERT of random weights."""
     monkeypatch.chdir(tmp_path)
-    random_bert(tmp_path / "model")
+    bert_config, _ = random_bert(tmp_path / "model")
+    if request.param != "cpu_kernels":
+        monkeypatch.setattr(pytorch_SUT, "load_kernels", lambda bert_config: None)
+    elif not pytorch_SUT.load_kernels(bert_config):
+        pytest.skip("this processor has no AVX-512 with bf16, or there is no C++ compiler")
     monkeypatch.setenv("ML_MODEL_FILE_WITH_PATH", "model")
 
     def load(dtype):
