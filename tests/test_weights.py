@@ -131,7 +131,7 @@ def test_a_linear_layer_that_keeps_its_weight_as_it_is_keeps_no_mapped_file(tmp_
 
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     weight = torch.ones(3, 2)
-    layer = pytorch_SUT.linear_layer("fp32", {}, "0.up", weight, torch.zeros(3))
+    layer = pytorch_SUT.linear_layer("fp32", {}, None, "0.up", weight, torch.zeros(3))
     assert type(layer) is Linear and layer.weight.data_ptr() != weight.data_ptr()
 
 
