@@ -72,18 +72,21 @@ void pack_values(const BFloat16* values, int64_t stride, int64_t tokens, int64_t
   std::fill(to + (tokens + tokens % 2) * width, to + columns * width, BFloat16(0.f));
 }
 
-// Write e to the power of each score, less the row's highest, to `to` (columns,); return the inverse of their sum.
+// Write e to the power of each score, less the row's highest, to `to` (columns,); return the inverse of their sum, or
+// NaN, as PyTorch's softmax does, if a score is NaN or the highest is infinite.
 template <typename T>
 float exponentials(float* scores, int64_t tokens, int64_t columns, T* to) {
   std::fill(scores + tokens, scores + columns, -INFINITY);
   Vec highest = load(scores);
   for (int64_t column = LANES; column < columns; column += LANES)
     highest = at::vec::maximum(highest, load(scores + column));
-  highest = Vec(_mm512_reduce_max_ps(highest));
+  const bool unknown = _mm512_cmp_ps_mask(highest, highest, _CMP_UNORD_Q) != 0;
+  const float high = _mm512_reduce_max_ps(highest);
+  highest = Vec(high);
   Vec sums(0.f);
   for (int64_t column = 0; column < columns; column += LANES)
     sums = sums + store((load(scores + column) - highest).exp_u20(), to + column);  // as they will be multiplied
-  return 1 / sum(sums);
+  return unknown || std::isinf(high) ? NAN : 1 / sum(sums);
 }
 
 struct Block {

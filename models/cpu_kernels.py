@@ -57,15 +57,16 @@ def load_kernels(bert_config: dict[str, Any]) -> Any:
     if not torch.cpu._is_avx512_bf16_supported() or head % LANES or bert_config["intermediate_size"] % LANES:
         return None
     kernels = torch.ops.bert_squad
-    if hasattr(kernels, "attention"):  # a process loads them once
-        return kernels
     try:
-        library = library_path()
-        with locked_folder(os.path.dirname(library), "a compilation", wait=True):
-            try:
-                torch.ops.load_library(library)
-            except OSError:  # it is missing or damaged
-                compile_kernels(library)
+        if not hasattr(kernels, "attention"):  # a process loads them once
+            library = library_path()
+            with locked_folder(os.path.dirname(library), "a compilation", wait=True):
+                try:
+                    torch.ops.load_library(library)
+                except OSError:  # it is missing or damaged
+                    compile_kernels(library)
+        # oneDNN may be limited to fewer instructions than the processor has, by ONEDNN_MAX_CPU_ISA.
+        kernels.attention(torch.zeros(1, 3 * LANES, dtype=torch.bfloat16), 1, [1])
     except (UserError, OSError, RuntimeError, SubprocessError) as error:
         lines = str(error).splitlines()
         reason = next((line for line in lines if "error: " in line), lines[0])

@@ -68,6 +68,18 @@ def test_attention_stays_finite_for_scores_of_any_size(kernels, kind):
         assert result.float().max() <= values.max() + 0.01 * size and result.float().min() >= values.min() - 0.01 * size
 
 
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("column", [3, 40, 70], ids=["query", "key", "value"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_attention_does_not_hide_what_is_no_number(kernels, kind, column, value):
+    """A response that contains NaN or infinity is refused."""
+    qkv = torch.randn(50, 96, generator=generator()).to(kind)
+    qkv[7, column] = value
+    result, expected = kernels.attention(qkv, 2, [50]), attention(qkv.float(), 2, [50])
+    assert not result.isfinite().all()
+    assert torch.equal(result.isfinite(), expected.isfinite())
+
+
 @pytest.mark.parametrize("kinds", [(one, two) for one in DTYPES for two in DTYPES])
 @pytest.mark.parametrize("width", [16, 48, 1024])
 def test_add_norm_is_pytorchs_and_a_row_does_not_depend_on_the_others(kernels, threads, kinds, width):
