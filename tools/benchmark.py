@@ -145,7 +145,7 @@ def serve(pipe: Connection, backend_name: str, dtype: str, scenario: str, model:
             seconds = [sut.query(query) for query in ([rows] if scenario == "Offline" else rows[:, None])]
             on_gpus = sum(gpu.used_bytes for gpu in gpus.find_gpus()) if backend.gpu else 0
             pipe.send((seconds, sut.logits, peak_memory(), on_gpus))
-    except EOFError:
+    except (EOFError, ConnectionError):
         pass  # the parent has ended
     except Exception as error:  # noqa: BLE001 - the parent reports it
         pipe.send(config.UserError(f"{backend_name}:{dtype}: {config.first_line(error)}"))
