@@ -68,8 +68,7 @@ def load_kernels(bert_config: dict[str, Any]) -> Any:
         # oneDNN may be limited to fewer instructions than the processor has, by ONEDNN_MAX_CPU_ISA.
         kernels.attention(torch.zeros(1, 3 * LANES, dtype=torch.bfloat16), 1, [1])
     except (UserError, OSError, RuntimeError, SubprocessError) as error:
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "error: " in line), lines[0])
+        reason = next((line for line in str(error).splitlines() if "error: " in line), config.first_line(error))
         config.notice(f"models/cpu_kernels.cpp: {config.printable(reason)}; running with PyTorch's slower operators")
         return None
     return kernels

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -118,6 +119,22 @@ def dtype(request):
     elif not cpu_runs(request.param):
         pytest.skip(f"this processor has no {request.param} instructions")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """Return the operators of cpu_kernels.cpp; skip the test only if they cannot exist here."""
+    import torch
+
+    from models.cpu_kernels import load_kernels
+
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor has no AVX-512 with bf16, which cpu_kernels.cpp needs")
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("there is no C++ compiler for cpu_kernels.cpp")
+    found = load_kernels({"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128})
+    assert found, "cpu_kernels.cpp cannot be compiled; run.py's notice says why"
+    return found
 
 
 @pytest.fixture

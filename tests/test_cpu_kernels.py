@@ -26,13 +26,6 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    if not torch.cpu._is_avx512_bf16_supported():
-        pytest.skip("this processor has no AVX-512 with bf16")
-    return load_kernels(SIZES) or pytest.skip("there is no C++ compiler")
-
-
 @pytest.fixture(params=[1, 2, 3, 5])
 def threads(request):
     before = torch.get_num_threads()
